@@ -45,7 +45,7 @@ class ModelConfig:
     name: str = "resnet50"  # list_models(), torchvision/<name> or timm/<name>
     num_classes: int = number(0, least=0)  # 0: as many as the data has
     options: dict[str, Any] = field(default_factory=dict)  # constructor arguments: shortcut: "A"
-    weights: str = ""  # .safetensors to start from; empty: He initialization
+    weights: str = ""  # file or address to start from; empty: He initialization
     preprocessing: str = ""  # of weights that do not state theirs: msra, caffe_vgg, torchvision
     new_head: bool = False  # fine-tuning: load all of the weights except the last layer
 
@@ -202,8 +202,13 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
         setattr(section, name, os.path.expanduser(getattr(section, name)))
     problems += _wrong_values(config)
     if not problems:  # the rest needs valid values
-        _follow(config, planned, {word.partition("=")[0] for word in overrides})
+        given = {word.partition("=")[0] for word in overrides}
+        _follow(config, planned, given)
         scale_schedule(config.schedule)
+        for key in {"schedule.milestones", "schedule.warmup_iterations"} & given:
+            if config.schedule.epochs:
+                hint = "give schedule.iterations in place of schedule.epochs, or leave it out"
+                problems.append(f"{key} is in iterations: {hint}")
         problems += _combinations(config)
     if problems:
         raise UsageError("; ".join(dict.fromkeys(problems)))

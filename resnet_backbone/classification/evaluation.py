@@ -203,7 +203,7 @@ def on_engine(
     """
     if getattr(protocol, "pooling", "") == "sliding":
         raise UsageError("a sliding window runs in PyTorch alone: give --pooling global_pool")
-    images = EvaluationFiles((), protocol.short_sides, protocol.prepare)
+    images = EvaluationFiles((), *protocol.loading)
 
     def calibration(normalizer: InputNormalizer) -> Iterator[Tensor]:
         for file in tqdm(files, "calibration", unit="image", leave=False):

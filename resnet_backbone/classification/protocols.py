@@ -99,11 +99,17 @@ class Protocol:
     """Base class of the protocols, which are frozen dataclasses."""
 
     name: ClassVar[str]
+    interpolation: ClassVar[str] = "bilinear"  # of the resize
 
     @property
     def short_sides(self) -> tuple[int | None, ...]:
         """The short sides in pixels at which ``score`` takes each image; ``None``: not resized."""
         return (None,)
+
+    @property
+    def loading(self) -> tuple[tuple[int | None, ...], Callable[[Tensor], Tensor], str]:
+        """What ``EvaluationFiles`` needs: short sides, :meth:`prepare`, interpolation."""
+        return self.short_sides, self.prepare, self.interpolation
 
     def prepare(self, image: Tensor) -> Tensor:
         """Crops a resized image, uint8 (3, H, W), in a loader's worker."""
@@ -134,10 +140,12 @@ class _Cropped(Protocol):
     Args:
         resize: short side in pixels (the paper: 256), or ``None`` for no resizing.
         crop: side of the square in pixels.
+        interpolation: of the resize, "bilinear" or "bicubic".
     """
 
     resize: int | None = 256
     crop: int = 224
+    interpolation: str = "bilinear"
 
     def __post_init__(self):
         if self.crop < 1 or (self.resize is not None and self.resize < self.crop):

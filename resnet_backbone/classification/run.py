@@ -260,6 +260,8 @@ class ClassificationRun:
             "batch_size": config.train.batch_size,
             **found,
             "evaluated_on": self.data.evaluated_on,
+            "num_classes": self.spec.num_classes,
+            "train_images": self.data.source.num_samples,
             "bn_statistics": "training set" if recompute else "moving averages",
             "with_moving_averages": moving,
             "best_val_top1_error": trainer.best,

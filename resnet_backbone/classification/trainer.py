@@ -210,7 +210,7 @@ class Trainer:
             "step_seconds": elapsed / window.filled,
         }
         window.restart()
-        self.recent_errors = [*self.recent_errors[-49:], row["train_error"]]
+        self.recent_errors = [*self.recent_errors[-4999:], row["train_error"]]
         if self.schedule.observe_training(row["train_error"]):
             logger.info("iteration %d: warm-up ends, error %.1f %%", self.iteration, 100 * error)
         if self.world.is_main:

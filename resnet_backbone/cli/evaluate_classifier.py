@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,13 @@ from resnet_backbone.classification.data.evaluation import (
 )
 from resnet_backbone.classification.data.sources import CIFAR10_CLASSES, read_cifar10
 from resnet_backbone.classification.evaluation import EvaluationResult, evaluate, on_engine
-from resnet_backbone.classification.protocols import POOLINGS, PROTOCOLS, SOFTMAXES, Protocol
+from resnet_backbone.classification.protocols import (
+    POOLINGS,
+    PROTOCOLS,
+    SOFTMAXES,
+    Center,
+    Protocol,
+)
 from resnet_backbone.classification.step import AMP
 from resnet_backbone.cli import CommandParser, key_and_value
 from resnet_backbone.fast.engines import CALIBRATION, ENGINES, check_engine
@@ -41,12 +48,7 @@ from resnet_backbone.runtime.images import find_pictures, spread
 from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
 from resnet_backbone.runtime.processes import World, choose_device, current_world
 from resnet_backbone.weights.load import WrongStride
-from resnet_backbone.weights.preprocessing import (
-    USUAL_TEST,
-    InputNormalizer,
-    Preprocessing,
-    WeightsError,
-)
+from resnet_backbone.weights.preprocessing import InputNormalizer, Preprocessing, WeightsError
 from resnet_backbone.weights.reading import UnknownInput, read_checkpoint
 
 logger = logging.getLogger("resnet_backbone.evaluate_classifier")
@@ -181,14 +183,16 @@ def make_protocol(args: argparse.Namespace, trained: Preprocessing | None = None
     full = args.cifar10 or (args.predict and whole)
     name = args.protocol or ("full" if full else "center")
     settings = {key: getattr(args, key) for key in ONLY_FOR if getattr(args, key) is not None}
-    if trained and not settings and name in ONLY_FOR["crop"]:
+    if trained is None and {"resize", "crop"} & settings.keys() == {"resize"}:
+        del settings["resize"]  # the crop is not known yet
+    if trained and name in ONLY_FOR["crop"]:
         stated = {"resize": trained.resize_size, "crop": trained.crop_size}
         if None not in stated.values():
-            settings = stated
-            if trained.center_crop() != USUAL_TEST:
-                text = "crops of %(crop)d from a short side of %(resize)d, as the weights say"
-                logger.info(text, stated)
-    for key in settings:
+            settings = {**stated, "interpolation": trained.interpolation or "bilinear", **settings}
+            if settings != asdict(Center()):
+                text = "crops of %(crop)d from a short side of %(resize)d, %(interpolation)s"
+                logger.info(text, settings)
+    for key in settings.keys() & ONLY_FOR.keys():
         if name not in ONLY_FOR[key]:
             raise UsageError(f"--{key} is for protocol {' and '.join(ONLY_FOR[key])}, not {name}")
     if args.cifar10 and name != "full":
@@ -273,7 +277,7 @@ def read_data(
         classes = dict(zip(names, range(num_classes), strict=True))
     if args.predict:
         samples = [(path.absolute(), 0) for path in find_pictures(args.predict, "--predict")]
-        images = EvaluationFiles(samples, protocol.short_sides, protocol.prepare)  # no labels
+        images = EvaluationFiles(samples, *protocol.loading)  # no labels
         return images, imagenet.name_classes(classes or {}, num_classes)
     if args.imagenet_folder:
         wanted = num_classes if classes else 0
@@ -288,8 +292,7 @@ def read_data(
             f"{args.imagenet_folder or args.labels} has {known} classes, the network "
             f"{num_classes}: give --class-list FILE with a line 'wnid index' for each"
         )
-    images = EvaluationFiles(files.samples, protocol.short_sides, protocol.prepare)
-    return images, files.class_names
+    return EvaluationFiles(files.samples, *protocol.loading), files.class_names
 
 
 def write_results(args: argparse.Namespace, world: World, images, names, result, engines) -> None:
@@ -330,6 +333,10 @@ def work(args: argparse.Namespace) -> None:
     records.set_up_logging(None, world.is_main)
     models, num_classes = load_networks(args, world)
     protocol = make_protocol(args, models[0][1].preprocessing)
+    crops = {normalizer.preprocessing.center_crop() for _, normalizer in models}
+    chosen = None not in (args.resize, args.crop)
+    if len(crops) > 1 and protocol.name in ONLY_FOR["crop"] and not chosen:
+        logger.warning("the networks state other crops: all are tested as %s", protocol)
     images, names = read_data(args, protocol, num_classes)
     if args.engine != "eager":
         files = spread(find_pictures([args.int8], "--int8"), CALIBRATION) if args.int8 else []

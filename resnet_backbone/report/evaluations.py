@@ -18,9 +18,9 @@ from resnet_backbone.runtime.records import RESULTS
 
 PREDICTIONS = "predictions.csv"
 TEXT = """\
-Errors in percent of {images:,} images. In brackets: 95 % intervals over test images, 1.96 standard
-errors. Change: top-1 error minus that of the first row, image by image; the interval covers the
-choice of the images, not that of the seed."""
+Errors in percent of {images:,} images. Change: top-1 error minus that of the first row, image by
+image. In brackets: 95 % intervals (Agresti and Coull 1998; Agresti and Min 2005 for changes). They
+cover the choice of the test images, not that of the seed."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,24 @@ class Evaluation:
     images: dict[int, tuple[str, str]]  # index of a readable image -> its file's name, label
     is_wrong: np.ndarray  # top-1, of all images (N,); unreadable ones are wrong
 
-    def change(self, other: Evaluation) -> tuple[float, float]:
-        """Returns the top-1 error minus that of `other`, and half its interval, in percent."""
-        return mean_and_interval(self.is_wrong.astype(float) - other.is_wrong)
+    @property
+    def error(self) -> tuple[float, float, float]:
+        """Top-1 error and its interval, in percent; four more images, half of them wrong."""
+        count = len(self.is_wrong) + 4
+        share = (self.is_wrong.sum() + 2) / count
+        half = 1.96 * math.sqrt(share * (1 - share) / count)
+        return 100 * self.is_wrong.mean(), 100 * max(0, share - half), 100 * min(1, share + half)
 
+    def change(self, other: Evaluation) -> tuple[float, float, float]:
+        """Top-1 error minus that of `other`, and its interval, in percent.
 
-def mean_and_interval(values: np.ndarray) -> tuple[float, float]:
-    """Returns the mean and 1.96 standard errors, times 100."""
-    return 100 * float(values.mean()), 196 * float(values.std(ddof=1)) / math.sqrt(len(values))
+        Half an image more is wrong in each alone, in both, and in none.
+        """
+        difference = self.is_wrong.astype(int) - other.is_wrong
+        count, discordant = len(difference) + 2, np.abs(difference).sum() + 1
+        mean = difference.sum() / count
+        half = 1.96 * math.sqrt(discordant - count * mean**2) / count
+        return 100 * difference.mean(), 100 * (mean - half), 100 * (mean + half)
 
 
 def load_evaluation(folder: Path, name: str = "") -> Evaluation:
@@ -71,15 +81,13 @@ def compare_evaluations(evaluations: Sequence[Evaluation]) -> str:
         if len(one.is_wrong) != len(first.is_wrong) or not same:
             raise ValueError(f"{one.name} and {first.name} were evaluated on different images")
         results = one.results
-        error, half = mean_and_interval(one.is_wrong)
         top5, speed = results.get("top5_error"), results.get("images_per_second")
-        engines = ", ".join(dict.fromkeys(results.get("engine") or ["eager"]))
-        mean, width = one.change(first)
-        cells = [one.name, f"{engines}, {results.get('precision') or results.get('amp')}"]
-        cells.append(f"{error:.2f} [{max(0, error - half):.2f}, {min(100, error + half):.2f}]")
+        run_by = [*(results.get("engine") or ["eager"]), results.get("precision", "")]
+        cells = [one.name, ", ".join(filter(None, dict.fromkeys(run_by)))]
+        cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*one.error))
         cells += ["-" if top5 is None else f"{top5:.2f}", f"{results['cross_entropy']:.4f}"]
         cells.append("-" if speed is None else f"{speed:.1f}")
-        change = f"{mean:+.2f} [{mean - width:+.2f}, {mean + width:+.2f}]"
+        change = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*one.change(first))
         rows.append([*cells, "" if one is first else change])
     header = ["network", "engine, precision", "top-1 error", "top-5 error", "cross-entropy"]
     table = markdown([*header, "images per s", "change of top-1 error"], rows)

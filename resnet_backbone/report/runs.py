@@ -134,6 +134,12 @@ class Run(AnyRun):
         return self.config.get("data.format", "cifar10" if self.network.cifar else "imagenet")
 
     @property
+    def has_published(self) -> bool:
+        """Whether the data are CIFAR-10 or ImageNet's 1,000 classes; true if not recorded."""
+        classes = {"cifar10": 10, "imagenet": 1000, "shards": 1000}.get(self.data_format)
+        return bool(classes) and self.results.get("num_classes", classes) == classes
+
+    @property
     def numbers(self) -> dict[str, Any]:
         return self.results
 

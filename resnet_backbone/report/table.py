@@ -90,7 +90,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group[Run]]:
 def _identity(run: Run) -> list:
     names = ("model.name", "model.num_classes")
     recipe = {key: value for key, value in run.recipe.items() if key not in names}
-    return [run.network, run.iterations, recipe]
+    data = [run.results.get(key) for key in ("evaluated_on", "num_classes", "train_images")]
+    return [run.network, run.iterations, recipe, *data]
 
 
 def _order(group: Group) -> tuple:
@@ -103,7 +104,7 @@ def _order(group: Group) -> tuple:
 def _common(group: Group) -> dict[str, str]:
     first, network = group.first, group.first.network
     parameters = first.results.get("parameters")
-    paper = published(network) or PublishedErrors("", "")
+    paper = (first.has_published and published(network)) or PublishedErrors("", "")
     return {
         "network": network.title,
         "n": str(network.blocks or "-"),
@@ -147,7 +148,7 @@ def _remark(group: Group, others: Sequence[Group]) -> str:
     """Notes a shortened schedule, the 45k split, and differences from rows of the same network."""
     notes, network = [], group.first.network
     whole, done = recipe_iterations(network), group.first.iterations
-    if done is not None and done < whole:
+    if group.first.has_published and done is not None and done < whole:
         notes.append(f"**shortened**: the recipe has {whole:,}")
     if group.first.config.get("data.split") == "45k":
         notes.append("45k/5k split")
@@ -164,7 +165,8 @@ def results_table(runs: Sequence[Run]) -> str:
     sections: dict[str, tuple[dict[str, str], list[Group]]] = {}
     for group in groups:
         data = group.first.data_format
-        title, columns = TITLES.get(data, (f"{data}, error (%)", OTHER_COLUMNS))
+        other = f"{group.first.results.get('evaluated_on', data)}, error (%)", OTHER_COLUMNS
+        title, columns = TITLES.get(data, other) if group.first.has_published else other
         sections.setdefault(title, (columns, []))[1].append(group)
     parts = []
     for title, (columns, members) in sections.items():

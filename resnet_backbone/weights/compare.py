@@ -73,7 +73,8 @@ def check_comparable(a: Checkpoint, b: Checkpoint) -> str:
     if first.name.removesuffix("_bn") != second.name.removesuffix("_bn"):
         raise WeightsError(f"A is {first.name} and B is {second.name}: nothing to compare")
     if None in (first.num_classes, second.num_classes):
-        return min(deepest_stage(a.tensors), deepest_stage(b.tensors))  # numbered from the image on
+        stages = deepest_stage(a.tensors), deepest_stage(b.tensors)
+        return min(stages, key=lambda name: (name != "stem", name))  # numbered from the image on
     if first.num_classes != second.num_classes:
         raise WeightsError(f"A has {first.num_classes} classes and B {second.num_classes}")
     return ""

@@ -168,8 +168,11 @@ BAD += [dict(out_indices=(0, 4)), dict(norm_cfg=dict(type="BN", eps=1e-3))]
 
 @pytest.mark.parametrize("options", BAD)
 def test_bad_values(options):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=next(iter(options))):
         PaperResNet(18, **options)
+
+
+def test_initialization_by_others_is_refused():
     with pytest.raises(WeightsError, match="Pretrained"):
         PaperResNet(18, init_cfg=dict(type="Kaiming")).init_weights()
 

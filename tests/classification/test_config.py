@@ -195,3 +195,5 @@ def test_epochs_become_iterations():
     assert config.evaluation.every == config.output.checkpoint_every == 51
     assert config.schedule.milestones == [round(476 * share) for share in (0.25, 0.5, 0.75)]
     assert count_epochs(load_config(["imagenet/resnet50"], ["data.root=x"]), 1001) == ""
+    with pytest.raises(UsageError, match="schedule.milestones is in iterations: give schedule.it"):
+        load_config(["imagenet/resnet50"], [*words, "schedule.milestones=[200,300]"])

@@ -251,7 +251,8 @@ def test_members_run_as_they_are_told():
 
 def test_settings_name_every_choice():
     assert set(PROTOCOLS) == {"full", "center", "ten_crop", "dense"}
-    assert Center().settings() == {"name": "center", "resize": 256, "crop": 224}
+    expected = {"resize": 256, "crop": 224, "interpolation": "bilinear"}
+    assert Center().settings() == {"name": "center", **expected}
     assert Center().short_sides == TenCrop().short_sides == (256,)
     assert Full().short_sides == (None,)
     sizes = (224, 256, 384, 480, 640)

@@ -96,8 +96,11 @@ def test_rgb_detectors_get_rgb(tmp_path):
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_mixed_precision_gives_float_boxes_in_the_image(run, precision, pooler):
     keys = ["RESNET_BACKBONE.TEST.PRECISION", precision, "MODEL.ROI_BOX_HEAD.POOLER_TYPE", pooler]
-    found = Predictor(config("MODEL.WEIGHTS", str(run / "model_final.pth"), *keys))(noise(60, 90))
-    found = found["instances"]
+    predictor, seen = Predictor(config("MODEL.WEIGHTS", str(run / "model_final.pth"), *keys)), []
+    stem = next(m for m in predictor.model.modules() if type(m).__name__ == "Stem")
+    stem.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    found = predictor(noise(60, 90))["instances"]
+    assert seen == [getattr(torch, precision)]
     assert len(found) and found.image_size == (60, 90)
     assert found.pred_boxes.tensor.isfinite().all() and found.scores.dtype == torch.float32
 
@@ -302,18 +305,16 @@ def test_equal_names_do_not_overwrite_one_another():
 
 
 def test_the_page_shows_what_the_threshold_lets_through(run):
-    pytest.importorskip("gradio")
-    args = demo.parse_arguments(["--run", str(run), "--web"])
-    detect, show = (
-        f.fn
-        for f in demo.build_page(demo.Demo(Predictor(run_config(str(run), [])), args)).fns.values()
-    )
-    output, drawn, rows, text, file = detect(noise(60, 90), 0.0)
+    args, picture = demo.parse_arguments(["--run", str(run), "--web"]), noise(60, 90)
+    page = demo.Demo(Predictor(run_config(str(run), [])), args)
+    output = page.predictor(picture[:, :, ::-1])
+    drawn, rows, text, file = demo.for_page(page, picture, output, 0.0)
     scores = [row[1] for row in rows]
     assert len(rows) == 6 and drawn.shape == (480, 720, 3) and text.startswith("6 detections")
     assert len(json.loads(Path(file).read_text())["detections"]) == 6
-    _, rows, text, _ = show(noise(60, 90), output, sorted(scores)[3] + 5e-4)
-    assert 0 < len(rows) < 6
-    _, rows, text, _ = show(noise(60, 90), output, 0.999)
-    assert rows == [] and "move the threshold" in text
-    assert show(None, None, 0.5)[:2] == (None, [])
+    assert 0 < len(demo.for_page(page, picture, output, sorted(scores)[3] + 5e-4)[1]) < 6
+    _, rows, text, _ = demo.for_page(page, picture, output, 0.999)
+    assert rows == [] and text.endswith("lower the threshold")
+    pytest.importorskip("gradio")
+    detect, show = (one.fn for one in demo.build_page(page).fns.values())
+    assert len(detect(picture, 0.0)[2]) == 6 and show(None, None, 0.5)[:2] == (None, [])

@@ -87,7 +87,8 @@ def results(output, *arguments):
 def expected(files, names, protocol):
     paths = sorted((files / "val").glob("*/*"))
     samples = [(path, WNIDS.index(path.parent.name)) for path in paths]
-    loader = EvaluationLoader(EvaluationFiles(samples, protocol.short_sides), 5)
+    images = EvaluationFiles(samples, protocol.short_sides, None, protocol.interpolation)
+    loader = EvaluationLoader(images, 5)
     models = {"a": (network(0, 3)[0], GREY), "b": (network(1, 3)[0], BGR)}
     pairs = [(models[name][0], InputNormalizer(models[name][1])) for name in names]
     return evaluate(pairs, protocol, loader)
@@ -122,6 +123,27 @@ def test_results_files(files, tmp_path, arguments, protocol, capsys):
     counts = [list(map(int, list(row.values())[1:])) for row in table(tmp_path / "confusion.csv")]
     assert counts == result.confusion.tolist() and (tmp_path / "confusion.png").is_file()
     assert {"command", "date", "hardware", "versions"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    "arguments, protocol",
+    [
+        ((), Center(36, 32, "bicubic")),
+        (("--crop", "24"), Center(36, 24, "bicubic")),
+        (("--resize", "40"), Center(40, 32, "bicubic")),
+    ],
+)
+def test_what_the_weights_state_of_the_test(files, tmp_path, arguments, protocol):
+    """Each size by itself, and the interpolation."""
+    stated = replace(GREY, resize_size=36, crop_size=32, interpolation="bicubic")
+    save_network(tmp_path / "x.safetensors", *network(0, 3), stated)
+    data = ("--weights", tmp_path / "x.safetensors", "--imagenet-folder", files / "val")
+    found = results(tmp_path, *data, *arguments)
+    assert found["protocol"] == protocol.settings()
+    result = expected(files, "a", protocol)
+    assert found["cross_entropy"] == pytest.approx(result.cross_entropy, rel=1e-6)
+    bilinear = expected(files, "a", replace(protocol, interpolation="bilinear"))
+    assert found["cross_entropy"] != pytest.approx(bilinear.cross_entropy, rel=1e-4)
 
 
 def test_an_ensemble_keeps_each_preprocessing(files, val, tmp_path):
@@ -199,9 +221,10 @@ def test_cifar10(tiny_cifar10, tmp_path):
     save_network(tmp_path / "c.safetensors", model, spec, GREY)
     arguments = ("--weights", tmp_path / "c.safetensors", "--cifar10", tiny_cifar10)
     found = results(tmp_path / "out", *arguments)
-    assert found["protocol"] == {"name": "full"} and found["num_images"] > 0
-    names = {row["label_name"] for row in table(tmp_path / "out" / "predictions.csv")}
-    assert names <= set("airplane automobile bird cat deer dog frog horse ship truck".split())
+    assert found["protocol"] == {"name": "full"}
+    names = [row["label_name"] for row in table(tmp_path / "out" / "predictions.csv")]
+    assert len(names) == found["num_images"] == 40
+    assert set(names) == set("airplane automobile bird cat deer dog frog horse ship truck".split())
 
 
 NET, CLASSES = "--model cifar_resnet8", "has 3 classes, the network 8.*--class-list FILE"
@@ -331,12 +354,12 @@ def test_weights_say_their_sizes_and_classes(files, tmp_path, capsys):
         rows = table(tmp_path / "predictions.csv")
         numbers = {row["label_name"]: row["label"] for row in rows}
         assert numbers == {"n03": "0", "n01": "1", "n02": "2"}
-        assert found["protocol"] == {"name": "center", "resize": 36, "crop": 32}
+        assert found["protocol"] == Center(36, 32).settings()
     capsys.readouterr()
     main([*weights, "--predict", str(files / "flat"), *SMALL, "--output", str(tmp_path / "p")])
     lines, again = capsys.readouterr().out.splitlines(), table(tmp_path / "p" / "predictions.csv")
     assert len(again) == 12 and "label" not in again[0] and len(lines) == 14
-    assert "crops of 32 from a short side of 36, as the weights say" in lines[0]
+    assert "crops of 32 from a short side of 36, bilinear" in lines[0]
     best = {Path(row["image"]).name: (row["name1"], row["score1"]) for row in rows}
     assert {Path(row["image"]).name: (row["name1"], row["score1"]) for row in again} == best
     assert f"{again[0]['name1']} {float(again[0]['score1']):.3f}" in lines[1]

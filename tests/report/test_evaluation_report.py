@@ -108,10 +108,11 @@ def test_comparison_by_hand(tested, tool, cells, tmp_path):
     status, _, error = tool("evaluations", "--run", one, "--run", f"{two}=int8", "--output", both)
     assert status == 0, error
     header, _, first, second = cells(both.read_text())
-    assert first == ["one", "eager, float32", "20.00 [12.12, 27.88]", "1.00", *first[4:6], ""]
-    # changes: 3 of +1, 11 of -1; variance (14 - 100 * .08 ** 2) / 99, 1.96 errors of the mean 7.20
-    assert second[:3] == ["int8", "openvino, int8", "12.00 [5.60, 18.40]"]
-    assert second[6] == "-8.00 [-15.20, -0.80]"
+    # 22 of 104 wrong: 21.15 +- 1.96 sqrt(.2115 .7885 / 104); 14 of 104: 13.46 +- 6.56
+    assert first == ["one", "eager, float32", "20.00 [13.30, 29.00]", "1.00", *first[4:6], ""]
+    assert second[:3] == ["int8", "openvino, int8", "12.00 [6.90, 20.02]"]
+    # 3.5 and 11.5 of 102: -7.84 +- 1.96 sqrt(15 - 8 ** 2 / 102) / 102
+    assert second[6] == "-8.00 [-15.13, -0.56]"
     assert "`resnet-backbone evaluate-classifier --weights $ROOT/two`" in both.read_text()
 
 

@@ -219,7 +219,9 @@ def test_no_other_error_comes_out(noise, after_header):
 
 @pytest.mark.data
 def test_real_images_equal_pillow(data_root):
-    for path in sorted((data_root / "VOCdevkit/VOC2007/JPEGImages").glob("*.jpg"))[::80]:
+    paths = sorted((data_root / "VOCdevkit/VOC2007/JPEGImages").glob("*.jpg"))[::80]
+    assert paths
+    for path in paths:
         np.testing.assert_array_equal(read_rgb(path), by_pillow(path.read_bytes()))
 
 

@@ -62,7 +62,7 @@ def assert_close(found, expected):
 
 
 def assert_same(found, expected):
-    """The same keys, types, shapes and values, in contiguous tensors."""
+    """The same keys, types, shapes and values."""
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert found[key].dtype == value.dtype and torch.equal(found[key], value), key

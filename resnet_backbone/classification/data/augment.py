@@ -72,12 +72,12 @@ def resized_shape(height: int, width: int, size: int) -> tuple[int, int]:
     return int(size * height / width), size
 
 
-def resize_short_side(image: Tensor, size: int) -> Tensor:
-    """Resizes uint8 (3, H, W) like torchvision's ``Resize(size, antialias=True)``, bilinear."""
+def resize_short_side(image: Tensor, size: int, mode: str = "bilinear") -> Tensor:
+    """Resizes uint8 (3, H, W) like torchvision's ``Resize(size, mode, antialias=True)``."""
     shape = resized_shape(*image.shape[1:], size)
     if shape == tuple(image.shape[1:]):
         return image
-    return F.interpolate(image[None], shape, mode="bilinear", antialias=True)[0]
+    return F.interpolate(image[None], shape, mode=mode, antialias=True)[0]
 
 
 def center_crop(image: Tensor, size: int) -> Tensor:

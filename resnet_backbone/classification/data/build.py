@@ -170,7 +170,7 @@ def _encoded(config: Config, folder: Path, world: World, protocol: Protocol) -> 
         report=report,
     )
     preprocessing = training_input(data, train, folder, world, report)
-    evaluation = EvaluationFiles(val.samples, protocol.short_sides, protocol.prepare)
+    evaluation = EvaluationFiles(val.samples, *protocol.loading)
     return ClassificationData(source, evaluation, preprocessing, train.class_names, str(val.root))
 
 

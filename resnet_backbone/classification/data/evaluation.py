@@ -1,6 +1,6 @@
 """Evaluation images: each exactly once, for any number of processes.
 
-files = EvaluationFiles(samples, protocol.short_sides, protocol.prepare)
+files = EvaluationFiles(samples, *protocol.loading)
 loader = EvaluationLoader(files, 64, workers=8, rank=world.rank, world=world.size)
 result = evaluate([(model, normalizer)], protocol, loader, world=world)
 """
@@ -55,6 +55,7 @@ class EvaluationFiles:
     samples: Sequence[tuple[str | Path, int]]  # (path, label) of each
     short_sides: Sequence[int | None] = (None,)  # in pixels; None: not resized
     prepare: Callable[[Tensor], Tensor] | None = None  # applied to each resized image, (3, H, W)
+    interpolation: str = "bilinear"  # of the resize; or "bicubic"
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -72,7 +73,8 @@ class EvaluationFiles:
     def read(self, path: str | Path) -> tuple[Tensor, ...]:
         """Reads an image at each short side; BadImage if it is unreadable."""
         whole = torch.from_numpy(read_rgb(path)).permute(2, 0, 1)
-        images = (resize_short_side(whole, size) if size else whole for size in self.short_sides)
+        mode = self.interpolation
+        images = (resize_short_side(whole, s, mode) if s else whole for s in self.short_sides)
         return tuple(map(self.prepare, images) if self.prepare else images)
 
 

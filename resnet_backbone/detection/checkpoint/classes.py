@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -17,8 +18,13 @@ CLASS_LAYERS = re.compile(
     r"|head\.cls_score\."
     r"|sem_seg_head\.(predictor|coarse_sem_seg_head\.predictor|point_head)\."
 )
-# Layers among these with contiguous rows per class, and the background last in cls_score.
-BY_ROWS = re.compile(r"roi_heads\.box_predictor\.(\d+\.)?(cls_score|bbox_pred)\.(weight|bias)")
+# Layers among these with rows per class of what is detected.
+BY_ROWS = re.compile(
+    r"roi_heads\.box_predictor\.(\d+\.)?(cls_score|bbox_pred)\.(weight|bias)"
+    r"|roi_heads\.mask_head\.(predictor|point_head\.predictor)\.(weight|bias)"
+    r"|roi_heads\.mask_head\.coarse_head\.prediction\.(weight|bias)"
+    r"|head\.cls_score\.(weight|bias)"  # RetinaNet
+)
 # PASCAL VOC's class names -> COCO's, where they differ.
 SYNONYMS = {
     "aeroplane": "airplane",
@@ -39,9 +45,9 @@ def carry_over_classes(
 ) -> dict[str, Tensor]:
     """Returns a checkpoint's tensors with its class layers adapted to a detector's classes.
 
-    Score and box rows of shared classes, matched by name or by the VOC and COCO spellings, come
-    from the checkpoint, as does the background. Other classes keep their rows of `own`. Layers with
-    other input features and class-agnostic boxes are not adapted. The log lists the classes.
+    Score, box and mask rows of shared classes, matched by name or by the VOC and COCO spellings,
+    come from the checkpoint, as does the background. Other classes keep their rows of `own`. Layers
+    with other input features and class-agnostic layers are not adapted. The log lists the classes.
 
     Args:
         own: state dict of the detector, freshly initialized.
@@ -52,22 +58,22 @@ def carry_over_classes(
     shared = {target: source for target, source in shared.items() if source is not None}
     carried = {}
     for key in filter(BY_ROWS.fullmatch, own):
-        scores = "cls_score" in key
-        sizes = [len(names) + 1 if scores else 4 * len(names) for names in (theirs, ours)]
-        value, target = tensors.get(key), own[key].clone()
-        if value is None or [len(value), len(target)] != sizes or value[0].shape != target[0].shape:
+        if key not in tensors:
             continue
-        rows = 1 if scores else 4
-        for index, source in shared.items():
-            target[index * rows : (index + 1) * rows] = value[source * rows : (source + 1) * rows]
-        if scores:
-            target[-1] = value[-1]
+        target = own[key].clone(memory_format=torch.contiguous_format)
+        source, goal = _by_class(key, tensors[key], len(theirs)), _by_class(key, target, len(ours))
+        if source is None or goal is None or source.shape[::2] != goal.shape[::2]:
+            continue
+        for index, place in shared.items():
+            goal[:, index] = source[:, place]
+        if goal.shape[1] > len(ours):
+            goal[:, -1] = source[:, -1]
         carried[key] = target
     if carried:
         pairs = [(name, theirs[shared[i]]) for i, name in enumerate(ours) if i in shared]
         new = [name for i, name in enumerate(ours) if i not in shared]
         logger.info(
-            "%s: scores and boxes of %d of %d classes are carried over by name: %s; at random: %s",
+            "%s: %d of %d classes are carried over by name: %s; at random: %s",
             where,
             len(pairs),
             len(ours),
@@ -75,3 +81,21 @@ def carry_over_classes(
             ", ".join(new) or "none",
         )
     return {**tensors, **carried}
+
+
+def _by_class(key: str, tensor: Tensor, count: int) -> Tensor | None:
+    """Returns a class layer's tensor as a view (groups, classes, numbers), or None.
+
+    The background is one more class of Faster R-CNN's scores. RetinaNet has a group for each
+    anchor, and coarse mask heads have several rows per class.
+    """
+    rows, is_box = len(tensor), "box_predictor" in key
+    if is_box and "cls_score" in key:
+        fits, shape = rows == count + 1, (1, count + 1, -1)
+    elif "coarse_head" in key:
+        fits, shape = rows % count == 0, (1, count, -1)
+    elif key.startswith("head."):
+        fits, shape = rows % count == 0, (rows // count, count, -1)
+    else:
+        fits, shape = rows == count * (4 if is_box else 1), (1, count, -1)
+    return tensor.contiguous().view(shape) if fits else None

@@ -272,7 +272,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         folder, node = evaluation_folder(cfg, dataset_name), backbone_node(cfg)
-        choice = node.TEST.METRIC, node.LOCALIZATION.GUESSES
+        choice = node.TEST.METRIC, node.LOCALIZATION.GUESSES, cfg.TEST.KEYPOINT_OKS_SIGMAS
         evaluator = build_evaluator(dataset_name, folder, *choice)
         if node.TEST.OPERATING_POINTS:
             evaluator = DatasetEvaluators([evaluator, OperatingPoints(dataset_name, folder)])

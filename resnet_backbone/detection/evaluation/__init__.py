@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -66,7 +67,11 @@ METRICS = {"imagenet_det": DETEvaluator, "localization": LOCEvaluator}
 
 
 def build_evaluator(
-    dataset_name: str, output_dir: str | None = None, metric: str = "", guesses: str = ""
+    dataset_name: str,
+    output_dir: str | None = None,
+    metric: str = "",
+    guesses: str = "",
+    sigmas: Sequence[float] = (),
 ) -> DatasetEvaluator:
     """Builds the evaluator of a registered data set or of a metric.
 
@@ -74,6 +79,7 @@ def build_evaluator(
         output_dir: the folder for result files; None writes none.
         metric: one of :data:`METRICS`, or empty for the data set's evaluator_type.
         guesses: for localization; see :func:`.imagenet.read_guesses`.
+        sigmas: of keypoints, for COCO's object keypoint similarity; empty for COCO's 17.
 
     Raises:
         ValueError: the data set has no known evaluator_type.
@@ -93,7 +99,8 @@ def build_evaluator(
             f"data set {dataset_name!r} has evaluator_type {kind!r}, not one of"
             f" {', '.join(EVALUATORS)}; register it with register_voc or register_coco"
         )
-    return EVALUATORS[kind](dataset_name, output_dir)
+    options = {"sigmas": sigmas} if kind == "coco" and sigmas else {}
+    return EVALUATORS[kind](dataset_name, output_dir, **options)
 
 
 def evaluation_folder(cfg: CfgNode, dataset_name: str) -> str:

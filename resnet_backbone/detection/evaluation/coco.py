@@ -59,11 +59,14 @@ class PerClassCOCOEvaluator(COCOEvaluator):
     Returns {"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs",
     "ARm", "ARl", "AP-<class>"}} in percent, and writes `coco_instances_results.json` and
     `instances_predictions.pth` to `output_dir`. The latter counts the images from 1. Keypoints are
-    scored by Detectron2. The ground truth is the same as in our loader. Without detections AP is 0.
-    Numbers are nan only without ground truth. In both cases a warning is logged.
+    scored by Detectron2, with `sigmas` in place of COCO's. The ground truth is the same as in our
+    loader. Without detections AP is 0. Numbers are nan only without ground truth. In both cases a
+    warning is logged.
     """
 
-    def __init__(self, dataset_name: str, output_dir: str | None = None):
+    def __init__(
+        self, dataset_name: str, output_dir: str | None = None, sigmas: Sequence[float] = ()
+    ):
         metadata, dataset = MetadataCatalog.get(dataset_name), registered_scan(dataset_name)
         if dataset is None:
             categories, images, boxes, annotated = read_coco(metadata.json_file)[:4]
@@ -84,7 +87,8 @@ class PerClassCOCOEvaluator(COCOEvaluator):
             numbers = {place + 1: place for place in range(len(categories))}
             private = MetadataCatalog.get(name)
             private.set(json_file=file, thing_dataset_id_to_contiguous_id=numbers)
-            super().__init__(name, output_dir=output_dir, use_fast_impl=False)  # it keeps `private`
+            options = dict(use_fast_impl=False, kpt_oks_sigmas=tuple(sigmas))
+            super().__init__(name, output_dir=output_dir, **options)  # it keeps `private`
             MetadataCatalog.remove(name)
         self._name = dataset_name
         self._numbers = number_from_one(images)

@@ -17,7 +17,8 @@ from resnet_backbone.detection.inference.predictor import trained_detector
 from resnet_backbone.models import build_model as build_network
 from resnet_backbone.weights import WeightsError
 
-R18 = "voc/faster_rcnn_R_18_FPN.yaml"
+R18, RETINANET = "voc/faster_rcnn_R_18_FPN.yaml", "coco/retinanet_R_18_FPN.yaml"
+MASKS = "../segmentation/coco/mask_rcnn_R_18_FPN.yaml"
 PREFIX = "backbone.bottom_up."
 
 
@@ -203,14 +204,24 @@ def test_classes_are_carried_over_by_name(detector, tmp_path, caplog, kind):
     assert checked == (6 if kind == "cascade" else 4)
 
 
-def test_as_many_classes_in_another_order(detector, tmp_path):
-    source = detector(MODEL__ROI_HEADS__NUM_CLASSES=2)
+@pytest.mark.parametrize(
+    "file, key, order",
+    [
+        (R18, "roi_heads.box_predictor.cls_score.weight", [1, 0, 2]),
+        (R18, "roi_heads.box_predictor.bbox_pred.bias", [4, 5, 6, 7, 0, 1, 2, 3]),
+        (MASKS, "roi_heads.mask_head.predictor.weight", [1, 0]),
+        (RETINANET, "head.cls_score.weight", [number ^ 1 for number in range(18)]),
+    ],
+)
+def test_as_many_classes_in_another_order(detector, tmp_path, file, key, order):
+    kind = "RETINANET" if file == RETINANET else "ROI_HEADS"
+    keys = {f"MODEL__{kind}__NUM_CLASSES": 2}
+    source, model = detector(file, **keys), detector(file, **keys)
+    source.state_dict()[key].normal_()
     Checkpointer(source, str(tmp_path), class_names=["cat", "dog"]).save("model")
-    model = detector(MODEL__ROI_HEADS__NUM_CLASSES=2)
     path = str(tmp_path / "model.pth")
     Checkpointer(model, class_names=["dog", "cat"]).load(path, checkpointables=[])
-    key = "roi_heads.box_predictor.cls_score.weight"
-    assert torch.equal(model.state_dict()[key], source.state_dict()[key][[1, 0, 2]])
+    assert torch.equal(model.state_dict()[key], source.state_dict()[key][order])
 
 
 def test_a_detector_without_heads_may_start_a_training(detector, tmp_path, caplog):

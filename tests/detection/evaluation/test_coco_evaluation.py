@@ -163,8 +163,7 @@ def test_keypoint_results_have_the_ids_of_the_data(register, tmp_path):
     content["annotations"][0] |= {"keypoints": [1, 1, 2], "num_keypoints": 1}
     name = register(content)
     MetadataCatalog.get(name).keypoint_names = ["nose"]
-    evaluator = build_evaluator(name, str(tmp_path / "out"))
-    evaluator._kpt_oks_sigmas = [0.1]
+    evaluator = build_evaluator(name, str(tmp_path / "out"), sigmas=[0.1])
     evaluator.reset()
     instances = Instances((SIDE, SIDE), pred_boxes=Boxes(torch.tensor([[0.0, 0.0, 9.0, 9.0]])))
     instances.scores, instances.pred_classes = torch.tensor([0.9]), torch.tensor([2])
