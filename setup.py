@@ -122,6 +122,7 @@ DEV = [
     "pytest-xdist>=3.3",
     "hypothesis>=6.80",
     "ruff>=0.6",
+    "shapely>=2.0",  # Detectron2 crops masks with it
 ]
 
 setup(
