@@ -205,10 +205,10 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
         given = {word.partition("=")[0] for word in overrides}
         _follow(config, planned, given)
         scale_schedule(config.schedule)
-        for key in {"schedule.milestones", "schedule.warmup_iterations"} & given:
-            if config.schedule.epochs:
-                hint = "give schedule.iterations in place of schedule.epochs, or leave it out"
-                problems.append(f"{key} is in iterations: {hint}")
+        hint = "give schedule.iterations in place of schedule.epochs, or leave it out"
+        counted = ("schedule.milestones", "schedule.warmup_iterations")
+        if config.schedule.epochs:
+            problems += [f"{key} is in iterations: {hint}" for key in counted if key in given]
         problems += _combinations(config)
     if problems:
         raise UsageError("; ".join(dict.fromkeys(problems)))

@@ -183,18 +183,17 @@ def make_protocol(args: argparse.Namespace, trained: Preprocessing | None = None
     full = args.cifar10 or (args.predict and whole)
     name = args.protocol or ("full" if full else "center")
     settings = {key: getattr(args, key) for key in ONLY_FOR if getattr(args, key) is not None}
-    if trained is None and {"resize", "crop"} & settings.keys() == {"resize"}:
-        del settings["resize"]  # the crop is not known yet
-    if trained and name in ONLY_FOR["crop"]:
-        stated = {"resize": trained.resize_size, "crop": trained.crop_size}
-        if None not in stated.values():
-            settings = {**stated, "interpolation": trained.interpolation or "bilinear", **settings}
-            if settings != asdict(Center()):
-                text = "crops of %(crop)d from a short side of %(resize)d, %(interpolation)s"
-                logger.info(text, settings)
-    for key in settings.keys() & ONLY_FOR.keys():
+    for key in settings:
         if name not in ONLY_FOR[key]:
             raise UsageError(f"--{key} is for protocol {' and '.join(ONLY_FOR[key])}, not {name}")
+    if trained is None and len({"resize", "crop"} & settings.keys()) == 1:
+        return PROTOCOLS[name]()  # the other size is not known yet
+    if trained and name in ONLY_FOR["crop"]:
+        sizes = dict(zip(("resize", "crop"), trained.center_crop(), strict=True))
+        settings = {**sizes, "interpolation": trained.interpolation or "bilinear", **settings}
+        if settings != asdict(Center()):
+            text = "crops of %(crop)d from a short side of %(resize)d, %(interpolation)s"
+            logger.info(text, settings)
     if args.cifar10 and name != "full":
         raise UsageError(
             f"CIFAR-10 images are tested without crops: give --protocol full, not {name}"
@@ -333,10 +332,10 @@ def work(args: argparse.Namespace) -> None:
     records.set_up_logging(None, world.is_main)
     models, num_classes = load_networks(args, world)
     protocol = make_protocol(args, models[0][1].preprocessing)
-    crops = {normalizer.preprocessing.center_crop() for _, normalizer in models}
-    chosen = None not in (args.resize, args.crop)
-    if len(crops) > 1 and protocol.name in ONLY_FOR["crop"] and not chosen:
-        logger.warning("the networks state other crops: all are tested as %s", protocol)
+    inputs = [normalizer.preprocessing for _, normalizer in models]
+    stated = {(one.center_crop(), one.interpolation or "bilinear") for one in inputs}
+    if len(stated) > 1 and protocol.name in ONLY_FOR["crop"]:
+        logger.warning("the networks state different tests: all are tested with %s", protocol)
     images, names = read_data(args, protocol, num_classes)
     if args.engine != "eager":
         files = spread(find_pictures([args.int8], "--int8"), CALIBRATION) if args.int8 else []

@@ -42,7 +42,7 @@ TASKS = {"train-classifier": "classification", "train-net": "detection"}  # of t
 
 EPILOG = """\
 examples:
-  resnet-backbone reproduce --scale mini      # built-in data, at most 30 minutes on two CPU cores
+  resnet-backbone reproduce --scale mini      # built-in data, half an hour on two CPU cores
   resnet-backbone reproduce --scale voc07 --voc-root VOCdevkit/VOC2007 \\
       --weights VGG-16=vgg16_caffe.pth --preprocessing VGG-16=caffe_vgg \\
       --weights ResNet-50=R-50.pkl --preprocessing ResNet-50=msra    # at 320 px, for CPUs

@@ -67,7 +67,7 @@ DEFAULTS = CfgNode(
         "LOCALIZATION": {
             "WIDTH": 512,  # channels of the proposal network's 3x3 convolution
             "CENTER_CROP": 0,  # side of the center crop in testing, in pixels; 0: the whole image
-            "SCALES": [],  # short sides of the whole image in testing; empty: its own size
+            "SCALES": [],  # short sides of the whole image in testing; empty: 256 or less
             "REGION_SIZE": 224,  # side of the square that R-CNN warps a proposal to, in pixels
             "PROPOSALS": "",  # run folder of the proposal network that R-CNN starts with
             "GUESSES": "",  # predictions.csv of evaluate-classifier, for the top-5 error

@@ -50,7 +50,7 @@ def load_truth(run: DetectorRun, given: Mapping[str, str | None] | None = None) 
     """
     if len(run.test) != 1:
         raise NoDetections("they need runs on a single test set")
-    paths = _own_paths(run) | _known(given or {})
+    paths = own_paths(run) | _known(given or {})
     if run.protocol == "coco" or "coco_json" in paths:
         file, root = (_existing(run, paths, key) for key in ("coco_json", "image_root"))
         records, report = scan_coco(file, root, decode=True, progress=True)
@@ -64,7 +64,7 @@ def load_truth(run: DetectorRun, given: Mapping[str, str | None] | None = None) 
     return Truth(classes, report.category_ids or list(range(len(classes))), images)
 
 
-def _own_paths(run: DetectorRun) -> dict[str, str]:
+def own_paths(run: DetectorRun) -> dict[str, str]:
     """Returns the test set's paths in the run's command, or Detectron2's registered ones."""
     parser = argparse.ArgumentParser(add_help=False)
     add_data_arguments(parser)
@@ -178,7 +178,7 @@ def _det_ap50(predictions: Sequence[Mapping[str, Any]], truth: Truth) -> float:
     for image in truth.images:
         one = found.get(str(image["image_id"]), nothing)
         boxes, scores, classes = (np.array(one[key]) for key in ("boxes", "scores", "classes"))
-        counts = ~np.array(image["difficult"], bool)
+        counts = np.array([not entry.get("iscrowd") for entry in image["annotations"]], bool)
         objects = image["boxes"][counts] - TO_VOC, np.array(image["classes"], int)[counts]
         images.append(((boxes - TO_VOC, scores, classes), objects))
     return 100 * float(np.nanmean(score_det(images, len(truth.classes))))

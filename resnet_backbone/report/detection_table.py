@@ -6,10 +6,12 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from pathlib import Path
 
 import numpy as np
 
 from resnet_backbone.detection.evaluation.operating import best_threshold
+from resnet_backbone.report.boxes import own_paths
 from resnet_backbone.report.detector_runs import DetectorRun
 from resnet_backbone.report.gain import NONE, DetectorGroup, Difference, Gain, gain_text, signed
 from resnet_backbone.report.published import DETECTORS, TASKS, Number, task_of
@@ -88,7 +90,7 @@ def reductions(group: DetectorGroup) -> list[str]:
     facts = (
         ("{:,} images seen in training", seen, task.iterations * task.images_per_batch),
         ("trained on {:,} images", run.images_of(run.train), task.train_images),
-        ("measured on {:,} images", run.images_of(run.test), min(task.sizes)),
+        ("measured on {:,} images", run.images_of(run.test), min(task.sizes, default=0)),
         ("short side {} px", run.config.get("INPUT.MIN_SIZE_TEST"), task.short_side),
     )
     short = [fact for fact in facts if fact[1] and fact[1] < fact[2]]
@@ -122,8 +124,9 @@ def published_section(groups: Sequence[DetectorGroup], gains: Sequence[Gain]) ->
     task = task_of_run(run)
     if not task:
         return ""
-    if not TASKS[task].has_test_set(run.test, run.images_of(run.test)):
-        tests = " and ".join(task.test for task in TASKS.values())
+    names = [Path(own_paths(run).get("coco_json", "")).stem] if task == "det" else run.test
+    if not TASKS[task].has_test_set(names, run.images_of(run.test)):
+        tests = ", ".join(task.test for task in TASKS.values())
         return f"Published numbers are of {tests}; these runs were measured on other images."
     metric, rows = TASKS[task].metric, []
     left: list[DetectorGroup | Gain] = [*groups, *gains]

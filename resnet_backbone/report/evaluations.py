@@ -79,7 +79,9 @@ def compare_evaluations(evaluations: Sequence[Evaluation]) -> str:
         shared = one.images.keys() & first.images.keys()
         same = all(one.images[index] == first.images[index] for index in shared)
         if len(one.is_wrong) != len(first.is_wrong) or not same:
-            raise ValueError(f"{one.name} and {first.name} were evaluated on different images")
+            raise ValueError(
+                f"{one.name} and {first.name} were evaluated on different images or labels"
+            )
         results = one.results
         top5, speed = results.get("top5_error"), results.get("images_per_second")
         run_by = [*(results.get("engine") or ["eager"]), results.get("precision", "")]
@@ -98,7 +100,8 @@ def compare_evaluations(evaluations: Sequence[Evaluation]) -> str:
 
 
 def _facts(one: Evaluation, commands: Mapping[str | None, str]) -> str:
-    command, versions = commands.get(one.results.get("command")), one.results.get("versions", {})
+    command = commands.get(one.results.get("command"), "not recorded")
+    versions = one.results.get("versions", {})
     facts = [hardware_text(one.results.get("hardware")), one.results.get("date")]
     facts += [f"PyTorch {versions['torch']}" if "torch" in versions else ""]
     facts += [f"revision {one.results['revision']}" if one.results.get("revision") else ""]

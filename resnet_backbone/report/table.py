@@ -90,8 +90,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group[Run]]:
 def _identity(run: Run) -> list:
     names = ("model.name", "model.num_classes")
     recipe = {key: value for key, value in run.recipe.items() if key not in names}
-    data = [run.results.get(key) for key in ("evaluated_on", "num_classes", "train_images")]
-    return [run.network, run.iterations, recipe, *data]
+    facts = () if run.has_published else ("evaluated_on", "num_classes", "train_images")
+    return [run.network, run.iterations, recipe, *map(run.results.get, facts)]
 
 
 def _order(group: Group) -> tuple:

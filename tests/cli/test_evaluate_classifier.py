@@ -128,14 +128,14 @@ def test_results_files(files, tmp_path, arguments, protocol, capsys):
 @pytest.mark.parametrize(
     "arguments, protocol",
     [
-        ((), Center(36, 32, "bicubic")),
-        (("--crop", "24"), Center(36, 24, "bicubic")),
-        (("--resize", "40"), Center(40, 32, "bicubic")),
+        ((), Center(288, 272, "bicubic")),
+        (("--crop", "280"), Center(288, 280, "bicubic")),
+        (("--resize", "300"), Center(300, 272, "bicubic")),
     ],
 )
 def test_what_the_weights_state_of_the_test(files, tmp_path, arguments, protocol):
     """Each size by itself, and the interpolation."""
-    stated = replace(GREY, resize_size=36, crop_size=32, interpolation="bicubic")
+    stated = replace(GREY, resize_size=288, crop_size=272, interpolation="bicubic")
     save_network(tmp_path / "x.safetensors", *network(0, 3), stated)
     data = ("--weights", tmp_path / "x.safetensors", "--imagenet-folder", files / "val")
     found = results(tmp_path, *data, *arguments)

@@ -291,7 +291,7 @@ def do_train():
     return train
 
 
-def test_detectron2s_lazy_trainer(tiny, tmp_path, do_train):
+def test_the_lazy_config_trains(tiny, tmp_path, do_train):
     """It trains, evaluates with our evaluator and writes a checkpoint."""
     do_train(tiny)
     assert (tmp_path / "model_final.pth").is_file()
@@ -299,9 +299,7 @@ def test_detectron2s_lazy_trainer(tiny, tmp_path, do_train):
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_detectron2s_lazy_trainer_with_the_baselines(
-    name, tiny_coco, tiny_voc, tmp_path, do_train, request
-):
+def test_lazy_baselines_train(name, tiny_coco, tiny_voc, tmp_path, do_train, request):
     if "LSJ" in name:
         pytest.importorskip("shapely", reason="Detectron2 crops masks with it")
     small, losses = BASELINES[name]

@@ -21,10 +21,11 @@ CLASS_LAYERS = re.compile(
 # Layers among these with rows per class of what is detected.
 BY_ROWS = re.compile(
     r"roi_heads\.box_predictor\.(\d+\.)?(cls_score|bbox_pred)\.(weight|bias)"
-    r"|roi_heads\.mask_head\.(predictor|point_head\.predictor)\.(weight|bias)"
-    r"|roi_heads\.mask_head\.coarse_head\.prediction\.(weight|bias)"
+    r"|roi_heads\.mask_head\.predictor\.(weight|bias)"
     r"|head\.cls_score\.(weight|bias)"  # RetinaNet
 )
+# PointRend's, which also take the scores of all classes as input.
+BY_ORDER = re.compile(r"roi_heads\.mask_head\.(coarse_head\.prediction|point_head)\.")
 # PASCAL VOC's class names -> COCO's, where they differ.
 SYNONYMS = {
     "aeroplane": "airplane",
@@ -47,7 +48,8 @@ def carry_over_classes(
 
     Score, box and mask rows of shared classes, matched by name or by the VOC and COCO spellings,
     come from the checkpoint, as does the background. Other classes keep their rows of `own`. Layers
-    with other input features and class-agnostic layers are not adapted. The log lists the classes.
+    with other input features and class-agnostic layers are not adapted. PointRend's are left out if
+    the classes differ. The log lists the classes.
 
     Args:
         own: state dict of the detector, freshly initialized.
@@ -57,6 +59,8 @@ def carry_over_classes(
     shared = {i: places.get(SYNONYMS.get(name, name)) for i, name in enumerate(ours)}
     shared = {target: source for target, source in shared.items() if source is not None}
     carried = {}
+    if list(theirs) != list(ours):
+        tensors = {key: value for key, value in tensors.items() if not BY_ORDER.match(key)}
     for key in filter(BY_ROWS.fullmatch, own):
         if key not in tensors:
             continue
@@ -87,15 +91,13 @@ def _by_class(key: str, tensor: Tensor, count: int) -> Tensor | None:
     """Returns a class layer's tensor as a view (groups, classes, numbers), or None.
 
     The background is one more class of Faster R-CNN's scores. RetinaNet has a group for each
-    anchor, and coarse mask heads have several rows per class.
+    anchor. Boxes and masks of a single class may be class-agnostic, and are None.
     """
     rows, is_box = len(tensor), "box_predictor" in key
     if is_box and "cls_score" in key:
         fits, shape = rows == count + 1, (1, count + 1, -1)
-    elif "coarse_head" in key:
-        fits, shape = rows % count == 0, (1, count, -1)
     elif key.startswith("head."):
         fits, shape = rows % count == 0, (rows // count, count, -1)
     else:
-        fits, shape = rows == count * (4 if is_box else 1), (1, count, -1)
+        fits, shape = 1 < count == rows // (4 if is_box else 1), (1, count, -1)
     return tensor.contiguous().view(shape) if fits else None

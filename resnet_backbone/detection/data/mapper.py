@@ -17,7 +17,6 @@ from torch.utils.data import Dataset
 
 from resnet_backbone.detection.data.arguments import detects_objects
 from resnet_backbone.detection.data.problems import read_image
-from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.processes import AUGMENTATION, REPLACEMENT, make_rng, seed_everything
 
 logger = logging.getLogger(__name__)
@@ -73,8 +72,6 @@ def mapper_options(cfg: CfgNode) -> dict:
     Purely semantic models do too, like Detectron2's DeepLab. They also pad smaller images to the
     crop size, which their pooling requires.
     """
-    if cfg.INPUT.get("COLOR_AUG_SSD", False):
-        raise UsageError("INPUT.COLOR_AUG_SSD has no effect in train-net: set it to False")
     crop, ignore = cfg.INPUT.CROP, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
     if crop.ENABLED and cfg.MODEL.META_ARCHITECTURE == "ClassProposalNetwork":
         cropping = T.RandomCrop(crop.TYPE, crop.SIZE)

@@ -26,6 +26,8 @@ def check_training(cfg: CfgNode) -> None:
     """Raises UsageError for training keys that are out of range or contradict each other."""
     check_expectations(cfg)
     check_loggers(cfg)
+    if cfg.INPUT.get("COLOR_AUG_SSD", False):
+        raise UsageError("INPUT.COLOR_AUG_SSD has no effect in train-net: set it to False")
     for key, least in LEAST.items():
         value = read_key(cfg, key)
         if value < least:

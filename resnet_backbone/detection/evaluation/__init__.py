@@ -99,7 +99,7 @@ def build_evaluator(
             f"data set {dataset_name!r} has evaluator_type {kind!r}, not one of"
             f" {', '.join(EVALUATORS)}; register it with register_voc or register_coco"
         )
-    options = {"sigmas": sigmas} if kind == "coco" and sigmas else {}
+    options = {"sigmas": sigmas} if kind == "coco" else {}
     return EVALUATORS[kind](dataset_name, output_dir, **options)
 
 

@@ -86,8 +86,13 @@ class BoxEvaluator(DatasetEvaluator):
             write_json(os.path.join(self.output_dir, name), content, indent=indent)
 
     def write_detections(self, found: Found) -> None:
-        """Writes `detections.json` in COCO's result format: bbox is [x, y, width, height]."""
+        """Writes `detections.json` in COCO's result format: bbox is [x, y, width, height].
+
+        ValueError: a detection has a class that the data set lacks.
+        """
         entries = []
+        for _, _, classes in found.values():
+            check_classes(classes, len(self.class_names), "detections")
         for image, columns in found.items():
             for (x0, y0, x1, y1), score, index in zip(*(c.tolist() for c in columns), strict=True):
                 box = [round(value, 3) for value in (x0, y0, x1 - x0, y1 - y0)]
@@ -161,10 +166,8 @@ class VOCEvaluator(BoxEvaluator):
         annotations, such as VOC 2012's test set, whose server scores the files, give an empty dict.
         """
         output, folder = self.output_dir, "no folder: there is no output_dir"
-        for _, _, classes in found.values():
-            check_classes(classes, len(self.class_names), "detections")
-        if output:  # before anything else can fail
-            self.write_detections(found)
+        self.write_detections(found)  # before anything else can fail
+        if output:
             folder = write_devkit(found, self._metadata, output)
         ground_truth, annotated = self._load_ground_truth()
         names = self.class_names

@@ -143,7 +143,7 @@ class AutocastModel(nn.Module):
 
 
 class Speed(NamedTuple):
-    """Speed of a detector in one process."""
+    """Speed of a detector in one process, and what ran it."""
 
     seconds_per_image: float  # mean, from the input in memory to the detections
     images_at_a_time: int  # size of the largest batch

@@ -32,6 +32,7 @@ from resnet_backbone.detection.config import UsageError, backbone_node
 from resnet_backbone.detection.evaluation.imagenet import read_guesses
 
 PRIOR = 0.01  # initial probability of each class, so that 1,000 classes do not dominate the loss
+SHORT_SIDE = 256  # pixels, of the images that proposals are made on, without SCALES
 CHUNK = 64  # regions per forward pass in testing
 
 
@@ -145,7 +146,7 @@ class ClassProposalNetwork(_Localizer):
 
     Tests use the center crop (``RESNET_BACKBONE.LOCALIZATION.CENTER_CROP`` pixels) or, where that
     is 0, the whole image fully convolutionally: at each short side of
-    ``RESNET_BACKBONE.LOCALIZATION.SCALES``, keeping the best box, or else at its own size.
+    ``RESNET_BACKBONE.LOCALIZATION.SCALES``, keeping the best box, or else at 256 pixels at most.
     """
 
     @configurable
@@ -171,7 +172,8 @@ class ClassProposalNetwork(_Localizer):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         rpn, node = cfg.MODEL.RPN, backbone_node(cfg).LOCALIZATION
-        if node.SCALES and 0 < cfg.INPUT.MIN_SIZE_TEST < max(node.SCALES):
+        is_dense = node.SCALES and not node.CENTER_CROP
+        if is_dense and 0 < cfg.INPUT.MIN_SIZE_TEST < max(node.SCALES):
             raise UsageError(
                 f"RESNET_BACKBONE.LOCALIZATION.SCALES {list(node.SCALES)}: images are read at "
                 f"{cfg.INPUT.MIN_SIZE_TEST} pixels and would be enlarged again: give "
@@ -219,7 +221,7 @@ class ClassProposalNetwork(_Localizer):
         """Returns logits (K, R) and boxes (K, R, 4) of classes (K,) in an image (3, H, W), 0..255.
 
         Boxes are in pixels of the image and clipped to it, or to its center crop. Unless
-        ``as_tested``, the whole image is used at its own size.
+        ``as_tested``, the whole image is used at a short side of 256 pixels at most.
         """
         found = []
         for view, scale, start in self._views(self.normalize(image), as_tested):
@@ -235,14 +237,14 @@ class ClassProposalNetwork(_Localizer):
     def _views(self, image: Tensor, as_tested: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yields each view, its scale (4,), and its origin in the image (4,)."""
         height, width = image.shape[-2:]
-        crop, scales = (self.center_crop, self.scales) if as_tested else (0, ())
-        if crop or not scales:
-            high, wide = (min(crop or side, side) for side in (height, width))
+        if as_tested and self.center_crop:
+            high, wide = (min(self.center_crop, side) for side in (height, width))
             y, x = (height - high) // 2, (width - wide) // 2
             view = image[:, y : y + high, x : x + wide]
             yield view, image.new_ones(4), image.new_tensor([x, y, x, y])
             return
-        for short in scales:
+        usual = (min(SHORT_SIDE, height, width),)
+        for short in (as_tested and self.scales) or usual:
             ratio = short / min(height, width)
             size = [max(1, round(side * ratio)) for side in (height, width)]
             view = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]

@@ -12,12 +12,14 @@ from detectron2.checkpoint import DetectionCheckpointer
 from states import assert_holds, refused, state_of
 
 from resnet_backbone.detection import Checkpointer
+from resnet_backbone.detection.checkpoint.classes import carry_over_classes
 from resnet_backbone.detection.checkpoint.files import open_weights
 from resnet_backbone.detection.inference.predictor import trained_detector
 from resnet_backbone.models import build_model as build_network
 from resnet_backbone.weights import WeightsError
 
 R18, RETINANET = "voc/faster_rcnn_R_18_FPN.yaml", "coco/retinanet_R_18_FPN.yaml"
+CASCADE = "coco/cascade_rcnn_R_18_FPN.yaml"
 MASKS = "../segmentation/coco/mask_rcnn_R_18_FPN.yaml"
 PREFIX = "backbone.bottom_up."
 
@@ -175,8 +177,7 @@ def test_fine_tuning_on_other_classes(detector, tmp_path, caplog):
 @pytest.mark.parametrize("kind", ["FPN", "C4", "cascade"])
 def test_classes_are_carried_over_by_name(detector, tmp_path, caplog, kind):
     """By hand: VOC's names and COCO's, another order, another number, a class of each alone."""
-    cascade = "coco/cascade_rcnn_R_18_FPN.yaml"
-    file = cascade if kind == "cascade" else f"voc/faster_rcnn_R_18_{kind}.yaml"
+    file = CASCADE if kind == "cascade" else f"voc/faster_rcnn_R_18_{kind}.yaml"
     theirs, ours = ["person", "tv", "airplane"], ["aeroplane", "boat", "person", "tvmonitor"]
     source = detector(file, MODEL__ROI_HEADS__NUM_CLASSES=3)
     for parameter in source.roi_heads.box_predictor.parameters():
@@ -222,6 +223,26 @@ def test_as_many_classes_in_another_order(detector, tmp_path, file, key, order):
     path = str(tmp_path / "model.pth")
     Checkpointer(model, class_names=["dog", "cat"]).load(path, checkpointables=[])
     assert torch.equal(model.state_dict()[key], source.state_dict()[key][order])
+
+
+@pytest.mark.parametrize("file", [CASCADE, MASKS])
+def test_a_single_class_of_another_name(detector, tmp_path, file):
+    """Its boxes and masks, perhaps class-agnostic, are kept."""
+    source, model = (detector(file, MODEL__ROI_HEADS__NUM_CLASSES=1) for _ in range(2))
+    Checkpointer(source, str(tmp_path), class_names=["cat"]).save("model")
+    path = str(tmp_path / "model.pth")
+    Checkpointer(model, class_names=["dog"]).load(path, checkpointables=[])
+    before, after = source.state_dict(), model.state_dict()
+    kept = [key for key in after if "bbox_pred" in key or "mask_head.predictor" in key]
+    assert kept and all(torch.equal(after[key], before[key]) for key in kept)
+
+
+def test_pointrends_layers_start_at_random_if_the_classes_differ():
+    tensors = {f"roi_heads.mask_head.{key}": torch.ones(2) for key in ("point_head.fc1.bias", "x")}
+    names = ["cat", "dog"]
+    assert carry_over_classes({}, tensors, names, names, "") == tensors
+    kept = carry_over_classes({}, tensors, names, names[::-1], "")
+    assert [*kept] == ["roi_heads.mask_head.x"]
 
 
 def test_a_detector_without_heads_may_start_a_training(detector, tmp_path, caplog):

@@ -142,6 +142,13 @@ def test_epochs_of_a_file_and_iterations_of_the_command_line():
         scale_schedule(cfg, planned, given, 100)
 
 
+def test_augmentation_of_another_trainer_is_refused():
+    cfg = plan()
+    cfg.INPUT.COLOR_AUG_SSD = True
+    with pytest.raises(UsageError, match="INPUT.COLOR_AUG_SSD has no effect in train-net"):
+        check_training(cfg)
+
+
 def test_reference_world_size():
     """Detectron2's key: the same numbers as its auto_scale_workers."""
     from detectron2.engine import DefaultTrainer
