@@ -121,7 +121,7 @@ def test_a_signal_to_one_process_stops_both(data, tmp_path, launcher):
     output, _ = process.communicate(timeout=100)
     assert process.returncode == (EXIT_STOPPED if launcher == "own" else 1), output[-3000:]
     lines = [
-        line for line in output.splitlines() if line.startswith("stopped by SIGTERM; continue")
+        line for line in output.splitlines() if line.startswith("stopped by SIGTERM; run the same")
     ]
     assert len(lines) == (1 if launcher == "own" else 2)
     last = reached(folder)
