@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from resnet_backbone.classification import networks
+from resnet_backbone.classification import networks, protocols
 from resnet_backbone.classification.data import imagenet
 from resnet_backbone.classification.data.evaluation import (
     EvaluationArrays,
@@ -25,22 +25,10 @@ from resnet_backbone.classification.data.evaluation import (
 )
 from resnet_backbone.classification.data.sources import CIFAR10_CLASSES, read_cifar10
 from resnet_backbone.classification.evaluation import EvaluationResult, evaluate, on_engine
-from resnet_backbone.classification.protocols import (
-    POOLINGS,
-    PROTOCOLS,
-    SOFTMAXES,
-    Center,
-    Protocol,
-)
 from resnet_backbone.classification.step import AMP
 from resnet_backbone.cli import CommandParser, key_and_value
 from resnet_backbone.fast.engines import CALIBRATION, ENGINES, check_engine
-from resnet_backbone.report.evaluations import (
-    PREDICTIONS,
-    prediction_rows,
-    write_csv,
-    write_evaluation,
-)
+from resnet_backbone.report import evaluations
 from resnet_backbone.runtime import records
 from resnet_backbone.runtime.errors import UsageError, one_line_errors
 from resnet_backbone.runtime.files import write_json
@@ -51,6 +39,7 @@ from resnet_backbone.weights.load import WrongStride
 from resnet_backbone.weights.preprocessing import InputNormalizer, Preprocessing, WeightsError
 from resnet_backbone.weights.reading import UnknownInput, read_checkpoint
 
+Protocol = protocols.Protocol
 logger = logging.getLogger("resnet_backbone.evaluate_classifier")
 
 EPILOG = """\
@@ -129,7 +118,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("protocol").add_argument
     text = "how images are tested (default: center; for --cifar10: full)"
-    add("--protocol", choices=tuple(PROTOCOLS), help=text)
+    add("--protocol", choices=tuple(protocols.PROTOCOLS), help=text)
     text = "center, ten_crop: short side of the image (default: as the weights state, else 256)"
     add("--resize", type=int, metavar="N", help=text)
     text = "center, ten_crop: side of the crop (default: as the weights state, else 224)"
@@ -137,8 +126,8 @@ def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sizes", type=int, nargs="+", help="dense: short sides (default: 224 256 384 480 640)")
     text = "dense: also test mirror images (default)"
     add("--flip", action=argparse.BooleanOptionalAction, default=None, help=text)
-    add("--pooling", choices=POOLINGS, help="dense: see below (default: sliding)")
-    add("--softmax", choices=SOFTMAXES, help="dense: see below (default: per_view)")
+    add("--pooling", choices=protocols.POOLINGS, help="dense: see below (default: sliding)")
+    add("--softmax", choices=protocols.SOFTMAXES, help="dense: see below (default: per_view)")
     add("--window", type=int, help="dense: side of the sliding pooling window (default: 7)")
 
 
@@ -187,18 +176,18 @@ def make_protocol(args: argparse.Namespace, trained: Preprocessing | None = None
         if name not in ONLY_FOR[key]:
             raise UsageError(f"--{key} is for protocol {' and '.join(ONLY_FOR[key])}, not {name}")
     if trained is None and len({"resize", "crop"} & settings.keys()) == 1:
-        return PROTOCOLS[name]()  # the other size is not known yet
+        return protocols.PROTOCOLS[name]()  # the other size is not known yet
     if trained and name in ONLY_FOR["crop"]:
         sizes = dict(zip(("resize", "crop"), trained.center_crop(), strict=True))
         settings = {**sizes, "interpolation": trained.interpolation or "bilinear", **settings}
-        if settings != asdict(Center()):
+        if settings != asdict(protocols.Center()):
             text = "crops of %(crop)d from a short side of %(resize)d, %(interpolation)s"
             logger.info(text, settings)
     if args.cifar10 and name != "full":
         raise UsageError(
             f"CIFAR-10 images are tested without crops: give --protocol full, not {name}"
         )
-    return PROTOCOLS[name](**settings)
+    return protocols.PROTOCOLS[name](**settings)
 
 
 def one_each(values: list[str], args: argparse.Namespace, option: str) -> list[str]:
@@ -296,7 +285,7 @@ def read_data(
 
 def write_results(args: argparse.Namespace, world: World, images, names, result, engines) -> None:
     folder = Path(args.output)
-    files = write_evaluation(folder, result, names, images.name_of)
+    files = evaluations.write_evaluation(folder, result, names, images.name_of)
     content = {
         "command": records.command_line("evaluate-classifier", args.arguments),
         "weights": args.weights,
@@ -316,14 +305,14 @@ def write_results(args: argparse.Namespace, world: World, images, names, result,
 
 def show_predictions(args: argparse.Namespace, images, names, result: EvaluationResult) -> None:
     """Prints a line for each image; with --output also writes predictions.csv, without labels."""
-    labeled = prediction_rows(result.predictions, names, images.name_of)
+    labeled = evaluations.prediction_rows(result.predictions, names, images.name_of)
     rows = [[index, image, *best] for index, image, _, _, *best in labeled]
     for _, image, *best in rows[1:]:
         pairs = zip(best[1::3], best[2::3], strict=True)
         print(f"{image}: " + ", ".join(f"{name} {float(score):.3f}" for name, score in pairs))
     if args.output:
-        path = Path(args.output) / PREDICTIONS
-        write_csv(path, rows)
+        path = Path(args.output) / evaluations.PREDICTIONS
+        evaluations.write_csv(path, rows)
         print(f"written: {path}")
 
 

@@ -151,15 +151,9 @@ class ClassProposalNetwork(_Localizer):
 
     @configurable
     def __init__(
-        self,
-        *,
-        anchor_generator: nn.Module,
-        hidden: int,
-        center_crop: int,
-        scales: Sequence[int],
-        **options,
+        self, *, anchor_generator: nn.Module, hidden: int, center_crop: int, scales: tuple, **rest
     ):
-        super().__init__(**options)
+        super().__init__(**rest)
         self.anchor_generator = anchor_generator
         self.center_crop, self.scales = center_crop, tuple(scales)
         self.num_anchors = anchor_generator.num_anchors[0]
@@ -174,11 +168,8 @@ class ClassProposalNetwork(_Localizer):
         rpn, node = cfg.MODEL.RPN, backbone_node(cfg).LOCALIZATION
         is_dense = node.SCALES and not node.CENTER_CROP
         if is_dense and 0 < cfg.INPUT.MIN_SIZE_TEST < max(node.SCALES):
-            raise UsageError(
-                f"RESNET_BACKBONE.LOCALIZATION.SCALES {list(node.SCALES)}: images are read at "
-                f"{cfg.INPUT.MIN_SIZE_TEST} pixels and would be enlarged again: give "
-                f"INPUT.MIN_SIZE_TEST {max(node.SCALES)}"
-            )
+            text = f"RESNET_BACKBONE.LOCALIZATION.SCALES {list(node.SCALES)} enlarge images again"
+            raise UsageError(f"{text}: give INPUT.MIN_SIZE_TEST {max(node.SCALES)}")
         found = cls.read_config(cfg, rpn)
         shape = found["backbone"].output_shape()[found["feature"]]
         return {
