@@ -25,6 +25,7 @@ from resnet_backbone.classification.data.evaluation import (
 )
 from resnet_backbone.classification.data.sources import CIFAR10_CLASSES, read_cifar10
 from resnet_backbone.classification.evaluation import EvaluationResult, evaluate, on_engine
+from resnet_backbone.classification.protocols import Protocol
 from resnet_backbone.classification.step import AMP
 from resnet_backbone.cli import CommandParser, key_and_value
 from resnet_backbone.fast.engines import CALIBRATION, ENGINES, check_engine
@@ -39,7 +40,6 @@ from resnet_backbone.weights.load import WrongStride
 from resnet_backbone.weights.preprocessing import InputNormalizer, Preprocessing, WeightsError
 from resnet_backbone.weights.reading import UnknownInput, read_checkpoint
 
-Protocol = protocols.Protocol
 logger = logging.getLogger("resnet_backbone.evaluate_classifier")
 
 EPILOG = """\
