@@ -10,14 +10,8 @@ from torch import nn
 from torchvision.ops import roi_pool
 
 from resnet_backbone import optimize_for_inference
-from resnet_backbone.detection import build_detector
-from resnet_backbone.detection.modeling import (
-    FullConv2d,
-    FullLinear,
-    JointRPNHead,
-    TopRPN,
-    build_reference,
-)
+from resnet_backbone.detection import build_detector, modeling
+from resnet_backbone.detection.modeling import FullConv2d, FullLinear, JointRPNHead, TopRPN
 from resnet_backbone.detection.modeling.heads import with_stride
 from resnet_backbone.fast import InferenceNetwork
 from resnet_backbone.fast.engines import why_not
@@ -28,10 +22,15 @@ FPN = "voc/faster_rcnn_R_18_FPN.yaml"
 SCALE = 1 / 16
 
 
-def test_what_a_detector_has(make_cfg, small):
-    model = build_detector(make_cfg(FPN, **small))
-    keys = list(build_model(make_cfg(FPN, **small)).state_dict())
-    assert list(model.state_dict()) == keys
+@pytest.fixture
+def detectors(make_cfg, small):
+    """Our detector, and Detectron2's of the same config."""
+    return [build(make_cfg(FPN, **small)) for build in (build_detector, build_model)]
+
+
+def test_what_a_detector_has(detectors):
+    model, plain = detectors
+    assert list(model.state_dict()) == list(plain.state_dict())
     kinds = {name: type(module) for name, module in model.named_modules()}
     exact = {name for name, kind in kinds.items() if kind in (FullConv2d, FullLinear)}
     assert exact == {
@@ -42,9 +41,9 @@ def test_what_a_detector_has(make_cfg, small):
     }
 
 
-def test_scores_are_in_single_precision_under_autocast(make_cfg, small):
+def test_scores_are_in_single_precision_under_autocast(detectors):
     """Two regions whose scores differ by less than bf16 can tell keep their order."""
-    model = build_detector(make_cfg(FPN, **small))
+    model, _ = detectors
     features = torch.zeros(2, 16)
     features[:, 0], features[1, 1] = 1.0, 1.0
     predictor, head = model.roi_heads.box_predictor, model.proposal_generator.rpn_head
@@ -62,39 +61,33 @@ def test_scores_are_in_single_precision_under_autocast(make_cfg, small):
     assert torch.equal(logits, expected)
 
 
-def joint_and_plain_heads(make_cfg, small) -> list:
-    """A detector's proposal head, and Detectron2's with the same weights, in double precision."""
-    heads = [
-        build(make_cfg(FPN, **small)).proposal_generator.rpn_head.double()
-        for build in (build_detector, build_model)
-    ]
+@pytest.fixture
+def heads(detectors):
+    """Their proposal heads with the same weights, in double precision."""
+    heads = [model.proposal_generator.rpn_head.double() for model in detectors]
     heads[1].load_state_dict(heads[0].state_dict())
     assert [type(head) for head in heads] == [JointRPNHead, StandardRPNHead]
     return heads
 
 
-def test_both_layers_of_the_proposal_head_at_once(make_cfg, small, monkeypatch):
+def test_both_layers_of_the_proposal_head_at_once(heads, monkeypatch):
     """Same values and gradients as one after the other; the joint one is called for each map."""
     found, calls, apply = [], [], ProposalHead.apply
     monkeypatch.setattr(ProposalHead, "apply", lambda *call: calls.append(call) or apply(*call))
-    for head in joint_and_plain_heads(make_cfg, small):
+    for head in heads:
         torch.manual_seed(0)
         maps = [torch.randn(2, 16, size, 9).double().requires_grad_() for size in (12, 6)]
         outputs = [one for of_levels in head(maps) for one in of_levels]
         sum((one * torch.rand(one.shape)).sum() for one in outputs).backward()
-        found.append(
-            [*outputs, *(map_.grad for map_ in maps), *(p.grad for p in head.parameters())]
-        )
+        found.append([*outputs, *(one.grad for one in (*maps, *head.parameters()))])
     assert [one.shape[1] for one in found[0][:4]] == [3, 3, 12, 12] and len(calls) == 2
     torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_proposals_are_those_of_all_decoded_anchors(make_cfg, small, training):
+def test_proposals_are_those_of_all_decoded_anchors(detectors, training):
     """Two images; levels with more and with fewer anchors than are picked of each."""
-    networks = [
-        build(make_cfg(FPN, **small)).proposal_generator for build in (build_detector, build_model)
-    ]
+    networks = [model.proposal_generator for model in detectors]
     assert [type(network) for network in networks] == [TopRPN, RPN]
     anchors = networks[0].anchor_generator([torch.rand(2, 16, n, n) for n in (18, 9, 5, 3, 2)])
     for best in (1, 20, 5000):
@@ -111,8 +104,8 @@ def test_proposals_are_those_of_all_decoded_anchors(make_cfg, small, training):
 
 
 @pytest.mark.parametrize("name", ["anchor_deltas", "conv", "conv.activation"])
-def test_hooks_of_the_proposal_heads_layers_are_called(make_cfg, small, name):
-    head, plain = joint_and_plain_heads(make_cfg, small)
+def test_hooks_of_the_proposal_heads_layers_are_called(heads, name):
+    head, plain = heads
     maps, calls = [torch.randn(1, 16, 6, 9).double()], []
     if name == "conv.activation":
         head.conv.activation = nn.ReLU()
@@ -131,10 +124,9 @@ def test_pooler_of_every_second_bin(kind):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_detectors_poolers_are_fast(make_cfg, small):
+def test_a_detectors_poolers_are_fast(detectors):
     """Those of a pyramid, with the same results; twice is once."""
-    cfg = make_cfg(FPN, **small)
-    plain, pooler = (build(cfg).roi_heads.box_pooler for build in (build_model, build_detector))
+    pooler, plain = (model.roi_heads.box_pooler for model in detectors)
     features = [torch.randn(1, 16, 64 // 2**i, 96 // 2**i) for i in range(4)]
     boxes = [Boxes(torch.tensor([[3.0, 4, 60, 70], [10, 20, 350, 240], [0, 0, 200, 150]]))]
     levels = list(pooler.level_poolers)
@@ -144,10 +136,9 @@ def test_a_detectors_poolers_are_fast(make_cfg, small):
     assert list(with_stride(pooler).level_poolers) == levels
 
 
-def test_regions_of_several_images_are_pooled_one_image_at_a_time(make_cfg, small):
+def test_regions_of_several_images_are_pooled_one_image_at_a_time(detectors):
     """One image has no region; the largest number at once is that of one image."""
-    pooler = build_detector(make_cfg(FPN, **small)).roi_heads.box_pooler
-    plain = build_model(make_cfg(FPN, **small)).roi_heads.box_pooler
+    pooler, plain = (model.roi_heads.box_pooler for model in detectors)
     maps = [torch.rand(3, 16, 64 // 2**n, 80 // 2**n) for n in range(4)]
     corners = torch.rand(13, 2) * 150
     boxes = torch.cat([corners, corners + 1 + torch.rand(13, 2) * 200], 1)
@@ -195,7 +186,7 @@ def test_layers_that_give_scores_and_boxes_stay_in_float32(make_family, images, 
         (build_model, "eager", torch.bfloat16, 0.05),
         (build_model, "openvino", torch.bfloat16, 0.05),
         (build_model, "onnxruntime", torch.float32, 1e-4),
-        (build_reference, "openvino", torch.float32, 1e-4),
+        (modeling.build_reference, "openvino", torch.float32, 1e-4),
     ],
 )
 def test_scores_of_given_regions(make_family, images, build, engine, dtype, bound):
