@@ -7,20 +7,15 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data.build import _train_loader_from_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.data import scan_voc
+from resnet_backbone.detection.data import sampling, scan_voc
 from resnet_backbone.detection.data.mapper import AugmentedImages, TolerantMapper
-from resnet_backbone.detection.data.sampling import (
-    BatchPlan,
-    ImageStream,
-    TrainingLoader,
-    build_loader,
-    limit_workers,
-)
+from resnet_backbone.detection.data.sampling import BatchPlan, ImageStream, TrainingLoader
 
 WIDE = [number % 3 != 0 for number in range(50)]
 
@@ -133,14 +128,12 @@ def two_sets():
     "sampler", ["RepeatFactor", "Weighted", "WeightedCategory", "RandomSubset", ""]
 )
 def test_detectron2s_samplers(make_cfg, two_sets, sampler, caplog):
-    from detectron2.data.build import _train_loader_from_config
-
     keys = dict(DATASETS__TRAIN=two_sets, DATALOADER__SAMPLER_TRAIN=f"{sampler}TrainingSampler")
     cfg = make_cfg(DATALOADER__REPEAT_THRESHOLD=0.9, **keys)
     cfg.DATALOADER.RANDOM_SUBSET_RATIO = 0.5
     cfg.DATASETS.TRAIN_REPEAT_FACTOR = [("sampling_b", 2.5)]
     caplog.set_level("INFO")
-    loader = build_loader(cfg, draw, seed=1)
+    loader = sampling.build_loader(cfg, draw, seed=1)
     assert len(loader.dataset) == 9  # those without boxes are left out
     assert "sampling_b: 1 of 4 images have nothing to learn from" in caplog.text
     theirs = _train_loader_from_config(cfg, mapper=draw)["sampler"]
@@ -156,26 +149,24 @@ def test_detectron2s_samplers(make_cfg, two_sets, sampler, caplog):
 def test_refused_samplers(make_cfg, two_sets):
     cfg = make_cfg(DATASETS__TRAIN=two_sets, DATALOADER__SAMPLER_TRAIN="Other")
     with pytest.raises(UsageError, match="SAMPLER_TRAIN 'Other': choose TrainingSampler, "):
-        build_loader(cfg, draw, seed=1)
+        sampling.build_loader(cfg, draw, seed=1)
     cfg.DATALOADER.SAMPLER_TRAIN = "WeightedTrainingSampler"
     cfg.DATASETS.TRAIN_REPEAT_FACTOR = [("sampling_b", 0.0)]
     with pytest.raises(UsageError, match="factors must be above 0"):
-        build_loader(cfg, draw, seed=1)
+        sampling.build_loader(cfg, draw, seed=1)
 
 
 def test_proposals_that_are_not_named(make_cfg, two_sets):
     cfg = make_cfg(DATASETS__TRAIN=two_sets, MODEL__LOAD_PROPOSALS=True)
     with pytest.raises(UsageError, match="PROPOSAL_FILES_TRAIN has no file for sampling_a"):
-        build_loader(cfg, draw, seed=1)
+        sampling.build_loader(cfg, draw, seed=1)
 
 
 def test_workers_and_cores(make_cfg, monkeypatch):
-    from resnet_backbone.detection.data import sampling
-
     monkeypatch.setattr(sampling, "available_cores", lambda: 3)
     for workers, wanted in ((4, 3), (2, 2), (0, 0)):
         cfg = make_cfg(DATALOADER__NUM_WORKERS=workers)
-        limit_workers(cfg)
+        sampling.limit_workers(cfg)
         assert cfg.DATALOADER.NUM_WORKERS == wanted
 
 
@@ -209,8 +200,6 @@ def test_the_mapper_sees_gray_levels_of_16_bits(make_cfg, tmp_path):
     levels = np.linspace(0, 65535, 40 * 60).reshape(40, 60).astype(np.uint16)
     Image.fromarray(levels).save(tmp_path / "x.png")
     record = {"file_name": str(tmp_path / "x.png"), "height": 40, "width": 60}
-    keys = dict(INPUT__MIN_SIZE_TEST=40)
-    image = TolerantMapper(make_cfg("voc/faster_rcnn_R_50_FPN.yaml", **keys), False)(record)[
-        "image"
-    ]
+    cfg = make_cfg("voc/faster_rcnn_R_50_FPN.yaml", INPUT__MIN_SIZE_TEST=40)
+    image = TolerantMapper(cfg, False)(record)["image"]
     assert torch.equal(image, torch.from_numpy((levels >> 8).astype(np.uint8)).expand(3, -1, -1))

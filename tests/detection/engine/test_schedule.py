@@ -3,20 +3,14 @@
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.engine import DefaultTrainer
 from detectron2.solver import build_lr_scheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resnet_backbone.detection import add_resnet_backbone_config
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.engine.schedule import (
-    check_best_metric,
-    check_early_stop,
-    check_training,
-    follow_processes,
-    plan_schedule,
-    scale_schedule,
-)
+from resnet_backbone.detection.engine import schedule
 
 
 def plan(max_iter=18000, steps=(12000, 16000), reference=16, batch=16):
@@ -34,7 +28,7 @@ def scale(planned, batch=None, **given):
         given["IMS_PER_BATCH"] = batch
     for key, value in given.items():
         cfg.SOLVER[key] = value
-    report = scale_schedule(cfg, planned, [f"SOLVER.{key}" for key in given])
+    report = schedule.scale_schedule(cfg, planned, [f"SOLVER.{key}" for key in given])
     return cfg.SOLVER, report
 
 
@@ -73,10 +67,9 @@ def test_what_the_user_gave_stays():
 
 
 def test_nonsense_is_refused():
+    message = "IMS_PER_BATCH and SOLVER.MAX_ITER must be at least 1"
     for keys in (dict(batch=-1), dict(MAX_ITER=0)):
-        with pytest.raises(
-            ValueError, match="IMS_PER_BATCH and SOLVER.MAX_ITER must be at least 1"
-        ):
+        with pytest.raises(ValueError, match=message):
             scale(plan(), **keys)
 
 
@@ -118,7 +111,7 @@ def test_epochs():
     planned = plan(reference=16)
     cfg = planned.clone()
     cfg.SOLVER.IMS_PER_BATCH, cfg.RESNET_BACKBONE.EPOCHS = 8, 12.5
-    report = plan_schedule(cfg, planned, ["SOLVER.IMS_PER_BATCH"], num_images=2400)
+    report = schedule.plan_schedule(cfg, planned, ["SOLVER.IMS_PER_BATCH"], num_images=2400)
     assert cfg.SOLVER.MAX_ITER == 3750 and cfg.SOLVER.STEPS == (2500, 3333)
     assert cfg.SOLVER.BASE_LR == pytest.approx(0.01)
     assert "SOLVER.MAX_ITER 18000 -> 3750 (12.5 epochs x 2400 images / 8 per batch)" in report
@@ -126,7 +119,7 @@ def test_epochs():
     assert report[-2] == "3750 iterations x 8 images / 2400 training images = 12.50 epochs"
     assert report[-1].endswith("iterations, x 0.1 at 2500, 3333")
     cfg.SOLVER.LR_SCHEDULER_NAME = "WarmupPolyLR"
-    assert plan_schedule(cfg, planned, [], 2400)[-1].endswith("iterations, WarmupPolyLR")
+    assert schedule.plan_schedule(cfg, planned, [], 2400)[-1].endswith("iterations, WarmupPolyLR")
 
 
 def test_epochs_of_a_file_and_iterations_of_the_command_line():
@@ -134,32 +127,30 @@ def test_epochs_of_a_file_and_iterations_of_the_command_line():
     planned.RESNET_BACKBONE.EPOCHS = 3.0
     cfg = planned.clone()
     cfg.SOLVER.MAX_ITER = 90
-    scale_schedule(cfg, planned, ["SOLVER.MAX_ITER"], num_images=100)
+    schedule.scale_schedule(cfg, planned, ["SOLVER.MAX_ITER"], num_images=100)
     assert cfg.SOLVER.MAX_ITER == 90 and cfg.RESNET_BACKBONE.EPOCHS == 0
     cfg = planned.clone()
     given = ["SOLVER.MAX_ITER", "RESNET_BACKBONE.EPOCHS"]
     with pytest.raises(UsageError, match="either RESNET_BACKBONE.EPOCHS or SOLVER.MAX_ITER"):
-        scale_schedule(cfg, planned, given, 100)
+        schedule.scale_schedule(cfg, planned, given, 100)
 
 
 def test_augmentation_of_another_trainer_is_refused():
     cfg = plan()
     cfg.INPUT.COLOR_AUG_SSD = True
     with pytest.raises(UsageError, match="INPUT.COLOR_AUG_SSD has no effect in train-net"):
-        check_training(cfg)
+        schedule.check_training(cfg)
 
 
 def test_reference_world_size():
     """Detectron2's key: the same numbers as its auto_scale_workers."""
-    from detectron2.engine import DefaultTrainer
-
     for processes in (1, 4, 8, 16):
         planned = plan(reference=0)
         planned.SOLVER.REFERENCE_WORLD_SIZE = 8
         theirs = DefaultTrainer.auto_scale_workers(planned, processes).SOLVER
         cfg = planned.clone()
-        report = follow_processes(cfg, processes)
-        scale_schedule(cfg, planned)
+        report = schedule.follow_processes(cfg, processes)
+        schedule.scale_schedule(cfg, planned)
         assert len(report) == (processes != 8)
         for key in ("IMS_PER_BATCH", "MAX_ITER", "STEPS"):
             assert cfg.SOLVER[key] == theirs[key], key
@@ -183,25 +174,25 @@ def test_contradictions(make_cfg, key, value, period, message):
     keys = {f"RESNET_BACKBONE__{key}": value, "TEST__EVAL_PERIOD": period}
     cfg = make_cfg(**keys, DATASETS__TEST=("a",), RESNET_BACKBONE__CLASS_NAMES=["cat", "dog"])
     with pytest.raises(UsageError, match=message):
-        check_training(cfg)
-        check_best_metric(cfg)
+        schedule.check_training(cfg)
+        schedule.check_best_metric(cfg)
 
 
 def test_metrics_of_several_test_sets(make_cfg):
     cfg = make_cfg(DATASETS__TEST=("a", "b"), RESNET_BACKBONE__CLASS_NAMES=["cat", "dog"])
     for metric in ("", "a/bbox/AP50", "b/bbox/AP50-11pt", "b/bbox/AP-dog", "a/sem_seg/mIoU"):
         cfg.RESNET_BACKBONE.BEST_METRIC = metric
-        check_best_metric(cfg)
+        schedule.check_best_metric(cfg)
     for metric in ("bbox/AP50", "c/bbox/AP50"):
         cfg.RESNET_BACKBONE.BEST_METRIC = metric
         with pytest.raises(UsageError, match="sets a, b write SET/TASK/NAME, such as a/bbox/AP50"):
-            check_best_metric(cfg)
+            schedule.check_best_metric(cfg)
 
 
 def test_early_stop_that_can_never_come(make_cfg):
     best = dict(RESNET_BACKBONE__BEST_METRIC="coco/bbox/AP", TEST__EVAL_PERIOD=10)
     cfg = make_cfg(SOLVER__MAX_ITER=35, RESNET_BACKBONE__EARLY_STOP=3, **best)
-    check_training(cfg), check_early_stop(cfg)
+    schedule.check_training(cfg), schedule.check_early_stop(cfg)
     cfg.SOLVER.MAX_ITER = 30
     with pytest.raises(UsageError, match="3 can never end this run: 30 iterations have 3 eval"):
-        check_early_stop(cfg)
+        schedule.check_early_stop(cfg)

@@ -8,14 +8,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from resnet_backbone.detection.evaluation.imagenet import (
-    DETEvaluator,
-    LOCEvaluator,
-    det_precisions,
-    match_small,
-    read_guesses,
-    small_thresholds,
-)
+from resnet_backbone.detection.evaluation import imagenet
 from resnet_backbone.runtime.errors import DataError
 
 NAMES = ["cat", "dog", "owl"]
@@ -26,18 +19,11 @@ def register(request):
     """Registers images, each [(x0, y0, x1, y1, class), ...], and returns the data set's name."""
 
     def add(images):
-        name = request.node.name
-        records = [
-            {
-                "image_id": number,
-                "file_name": f"somewhere/img{number}.jpg",
-                "annotations": [
-                    {"bbox": box[:4], "bbox_mode": BoxMode.XYXY_ABS, "category_id": box[4]}
-                    for box in boxes
-                ],
-            }
-            for number, boxes in enumerate(images)
-        ]
+        name, records, mode = request.node.name, [], {"bbox_mode": BoxMode.XYXY_ABS}
+        for number, boxes in enumerate(images):
+            found = [{"bbox": box[:4], "category_id": box[4]} | mode for box in boxes]
+            one = {"image_id": number, "file_name": f"somewhere/img{number}.jpg"}
+            records.append(one | {"annotations": found})
         DatasetCatalog.register(name, lambda: records)
         MetadataCatalog.get(name).thing_classes = NAMES
         return name
@@ -58,21 +44,19 @@ def evaluate(evaluator, images):
 def test_threshold_of_small_objects():
     """min(0.5, w h / ((w + 10) (h + 10))): 10 x 10 pixels need a quarter, 100 x 100 a half."""
     boxes = np.array([[0, 0, 10, 10], [5, 5, 105, 105], [0, 0, 10, 90]], dtype=float)
-    assert small_thresholds(boxes) == pytest.approx([0.25, 0.5, 0.45])
+    assert imagenet.small_thresholds(boxes) == pytest.approx([0.25, 0.5, 0.45])
 
 
 def test_det_by_hand(register):
     """A small object found with IoU 0.3, a large one missed with 0.4, a second box on the first."""
     name = register([[(0, 0, 10, 10, 0), (100, 100, 200, 200, 0)], [(0, 0, 50, 50, 1)]])
-    found = [
-        [
-            (0, 0, 10, 3, 0, 0.9),  # IoU 0.3, above 0.25
-            (0, 0, 10, 10, 0, 0.8),  # the object is taken
-            (100, 100, 200, 140, 0, 0.7),  # IoU 0.4, below 0.5
-        ],
-        [(0, 0, 50, 50, 1, 0.6), (0, 0, 50, 50, 0, 0.95)],  # the second is of another class
+    first = [
+        (0, 0, 10, 3, 0, 0.9),  # IoU 0.3, above 0.25
+        (0, 0, 10, 10, 0, 0.8),  # the object is taken
+        (100, 100, 200, 140, 0, 0.7),  # IoU 0.4, below 0.5
     ]
-    results = evaluate(DETEvaluator(name), found)["bbox"]
+    second = [(0, 0, 50, 50, 1, 0.6), (0, 0, 50, 50, 0, 0.95)]  # the last is of another class
+    results = evaluate(imagenet.DETEvaluator(name), [first, second])["bbox"]
     # cat by falling score: wrong, right, wrong, wrong; recall 1/2 with precision 1/2
     assert results["AP50-cat"] == pytest.approx(25)
     assert results["AP50-dog"] == pytest.approx(100)
@@ -113,14 +97,14 @@ def test_det_matches_as_the_development_kit(seed):
     found, objects = boxes(30), boxes(8)
     scores, classes, kinds = rng.random(30).round(1), rng.integers(0, 2, 30), rng.integers(0, 2, 8)
     grow = np.array([0, 0, 1, 1])
-    ours = match_small(found + grow, scores, classes, objects + grow, kinds)
+    ours = imagenet.match_small(found + grow, scores, classes, objects + grow, kinds)
     assert ours.tolist() == devkit(found, scores, classes, objects, kinds)
     assert ours.any() and not ours.all()
 
 
 def test_a_class_without_detections_has_no_precision():
-    none = np.zeros(0)
-    assert det_precisions(none, none.astype(int), none.astype(bool), np.array([3])) == [0.0]
+    none = [np.zeros(0, kind) for kind in (float, int, bool)]
+    assert imagenet.det_precisions(*none, np.array([3])) == [0.0]
 
 
 def test_localization_by_hand(register, tmp_path):
@@ -135,29 +119,29 @@ def test_localization_by_hand(register, tmp_path):
         [(*good, 0, 0.9)],
     ]
     guesses = {"img0": [0, 1], "img1": [2, 0, 1], "img2": [2], "img3": [1, 2]}
-    results = evaluate(LOCEvaluator(name, str(tmp_path), guesses), found)["localization"]
+    results = evaluate(imagenet.LOCEvaluator(name, str(tmp_path), guesses), found)["localization"]
     assert results == {"true_class_error": 25.0, "top1_error": 75.0, "top5_error": 50.0}
     assert (tmp_path / "loc_results.json").is_file()
     del guesses["img3"]
     with pytest.raises(DataError, match="no guess for somewhere/img3.jpg"):
-        LOCEvaluator(name, None, guesses)
-    without = evaluate(LOCEvaluator(name), found[:3])["localization"]
+        imagenet.LOCEvaluator(name, None, guesses)
+    without = evaluate(imagenet.LOCEvaluator(name), found[:3])["localization"]
     assert without == {"true_class_error": 50.0}  # the fourth image was not looked at
 
 
 def test_localization_refuses_images_of_several_classes(register):
     name = register([[(0, 0, 9, 9, 0), (0, 0, 9, 9, 1)]])
     with pytest.raises(DataError, match="image 0 shows 2 classes.*--one-class"):
-        evaluate(LOCEvaluator(name), [[]])
+        evaluate(imagenet.LOCEvaluator(name), [[]])
 
 
 def test_guesses_are_those_of_evaluate_classifier(tmp_path):
     path = tmp_path / "predictions.csv"
     path.write_text("index,image,class1,name1,score1,class2,name2\n0,/a/img7.png,9,owl,0.9,1,cat\n")
-    assert read_guesses(str(path), NAMES) == {"img7": [2, 0]}
+    assert imagenet.read_guesses(str(path), NAMES) == {"img7": [2, 0]}
     path.write_text("image,name1\n/a/img7.png,cat\n/b/img7.png,owl\n")
     with pytest.raises(DataError, match="two images are named img7"):
-        read_guesses(str(path), NAMES)
+        imagenet.read_guesses(str(path), NAMES)
     path.write_text("image,name1\nimg7.png,cow\n")
     with pytest.raises(DataError, match="'cow'"):
-        read_guesses(str(path), NAMES)
+        imagenet.read_guesses(str(path), NAMES)

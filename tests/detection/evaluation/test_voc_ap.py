@@ -12,20 +12,9 @@ from detectron2.evaluation import pascal_voc_evaluation as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resnet_backbone.detection.evaluation import evaluate_voc
-from resnet_backbone.detection.evaluation.operating import (
-    THRESHOLDS,
-    count_confusion,
-    f1_curves,
-    operating_points,
-)
-from resnet_backbone.detection.evaluation.voc_ap import (
-    KINDS,
-    count_errors,
-    paired_iou,
-    read_boxes,
-    score_boxes,
-)
+from resnet_backbone.detection.evaluation import evaluate_voc, operating, voc_ap
+from resnet_backbone.detection.evaluation.operating import THRESHOLDS, count_confusion, f1_curves
+from resnet_backbone.detection.evaluation.voc_ap import KINDS, read_boxes, score_boxes
 
 CLASSES = ["cat", "dog"]
 
@@ -129,9 +118,8 @@ def test_by_hand():
     """Three objects; found: one, it again, a wrong one, a second one."""
     boxes = [(1, 1, 10, 10), (21, 1, 30, 10), (41, 1, 50, 10)]
     truth = ground_truth_of(*[(b, 0, 0) for b in boxes])
-    found = detections_of(
-        (boxes[0], 0, 0.9), (boxes[0], 0, 0.8), ((61, 1, 70, 10), 0, 0.7), (boxes[1], 0, 0.6)
-    )
+    wrong = (61, 1, 70, 10), 0, 0.7
+    found = detections_of((boxes[0], 0, 0.9), (boxes[0], 0, 0.8), wrong, (boxes[1], 0, 0.6))
     result = evaluate_voc(found, truth, CLASSES, [0.5])
     np.testing.assert_allclose(result["precision"][0], [1, 1 / 2, 1 / 3, 2 / 4])
     np.testing.assert_allclose(result["recall"][0], [1 / 3, 1 / 3, 1 / 3, 2 / 3])
@@ -193,7 +181,7 @@ def test_errors_by_hand():
     )
     background = [((1, 1, 5, 5), 0, 0.5), ((1, 1, 5, 5), 1, 0.1)]
     found.append(table("b", background, "scores"))
-    cat, dog = count_errors(*read_boxes(found, truth, CLASSES), CLASSES)
+    cat, dog = voc_ap.count_errors(*read_boxes(found, truth, CLASSES), CLASSES)
     assert cat == {"class": "cat", "objects": 5, **dict.fromkeys(KINDS, 1), "missed": 3}
     none = dict.fromkeys(KINDS, 0)
     assert dog == {"class": "dog", "objects": 1, **none, "background": 1, "missed": 1}
@@ -204,7 +192,7 @@ def test_errors_by_hand():
 def test_counts_agree_with_the_curves(sets):
     """What is found at all is the curve's last recall; the kinds never exceed the objects."""
     numbers = evaluate_voc(*sets, CLASSES)
-    for class_id, row in enumerate(count_errors(*read_boxes(*sets, CLASSES), CLASSES)):
+    for class_id, row in enumerate(voc_ap.count_errors(*read_boxes(*sets, CLASSES), CLASSES)):
         objects = numbers["num_ground_truth"][class_id]
         assert row["objects"] == objects
         assert sum(row[kind] for kind in KINDS) <= objects
@@ -239,7 +227,7 @@ def test_operating_points_by_hand():
     np.testing.assert_allclose(at[0.05], [2 * 3 / (4 + 3), 2 * 1 / (3 + 1)])
     np.testing.assert_allclose(at[0.3], [2 * 2 / (3 + 3), 2 * 1 / (3 + 1)])
     np.testing.assert_allclose(at[0.5], [2 * 1 / (2 + 3), 2 * 1 / (3 + 1)])
-    points = operating_points(*tables, CLASSES)
+    points = operating.operating_points(*tables, CLASSES)
     assert points["F1"] == pytest.approx((6 / 7 + 1 / 2) / 2) and 0 <= points["threshold"] <= 0.1
     assert points["confusion"] == count_confusion(*tables, 2, 0).tolist()
     cat, dog = points["classes"]
@@ -270,7 +258,7 @@ def plain_confusion(found, truth, score):
             if detections["scores"][place] < score:
                 continue
             box, kind = detections["boxes"][place], detections["classes"][place]
-            ious = [paired_iou(box[None], one[None])[0] for one in boxes]
+            ious = [voc_ap.paired_iou(box[None], one[None])[0] for one in boxes]
             mine = [number for number, one in enumerate(kinds) if one == kind]
             best = max(mine, key=lambda n: ious[n], default=None)
             if best is None or not ious[best] > 0.5 or (best in taken and not hard[best]):
