@@ -86,10 +86,8 @@ def test_unknown_metric():
 def run_checkpoints(stopping="", iterations=5, period=2):
     hook = Checkpoints(Saved(), period)
     for iteration in range(iterations):
-        last = iteration == iterations - 1
-        hook.trainer = SimpleNamespace(
-            iter=iteration, max_iter=iterations + bool(stopping), stopping=stopping if last else ""
-        )
+        hook.trainer = SimpleNamespace(iter=iteration, max_iter=iterations + bool(stopping))
+        hook.trainer.stopping = stopping if iteration == iterations - 1 else ""
         hook.after_step()
     return hook
 

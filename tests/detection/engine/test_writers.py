@@ -13,6 +13,9 @@ from resnet_backbone.detection.engine import writers
 from resnet_backbone.detection.engine.schedule import check_training
 from resnet_backbone.runtime.errors import Stopped
 
+CONFIG = "quickstart/faster_rcnn_R_18_FPN.yaml"
+KEYS = dict(SOLVER__IMS_PER_BATCH=2, SOLVER__STEPS=(), SOLVER__AMP__ENABLED=False, SEED=1)
+
 
 class Small(NumberTrainer):
     @classmethod
@@ -35,13 +38,8 @@ def train(cfg, **keys):
 
 def interrupt_and_resume(make_cfg, folder, logger):
     """45 iterations, stopped after the thirtieth; what metrics.json then has."""
-    keys = dict(
-        SOLVER__IMS_PER_BATCH=2, SOLVER__MAX_ITER=45, SOLVER__STEPS=(), TEST__EVAL_PERIOD=15
-    )
-    keys |= dict(
-        SOLVER__AMP__ENABLED=False, OUTPUT_DIR=str(folder), RESNET_BACKBONE__LOGGERS=[logger]
-    )
-    cfg = make_cfg("quickstart/faster_rcnn_R_18_FPN.yaml", SEED=1, **keys)
+    keys = KEYS | dict(SOLVER__MAX_ITER=45, TEST__EVAL_PERIOD=15, OUTPUT_DIR=str(folder))
+    cfg = make_cfg(CONFIG, RESNET_BACKBONE__LOGGERS=[logger], **keys)
     with pytest.raises(Stopped):
         train(cfg, VIS_PERIOD=30)
     first = (folder / f"{logger}_run.txt").read_text()
@@ -109,12 +107,13 @@ def test_wandb(make_cfg, tmp_path, monkeypatch):
     assert float(summary["results/bbox/AP50"]) == 42 and codes == [1, 0]
 
 
-@pytest.mark.parametrize(
-    "name, message", [("neptune", "is not one of wandb, mlflow"), ("wandb", "")]
-)
+UNUSABLE = {"neptune": "is not one of wandb, mlflow"}
+UNUSABLE["wandb"] = r"is not installed: pip install 'resnet_backbone\[wandb\]'"
+
+
+@pytest.mark.parametrize("name, message", UNUSABLE.items())
 def test_loggers_that_cannot_be(make_cfg, monkeypatch, name, message):
     monkeypatch.setattr(writers, "find_spec", lambda name: None)
-    message = message or r"is not installed: pip install 'resnet_backbone\[wandb\]'"
     with pytest.raises(UsageError, match=f"LOGGERS: {name} {message}"):
         check_training(make_cfg(RESNET_BACKBONE__LOGGERS=[name]))
 
@@ -136,16 +135,12 @@ class Failing(writers.LoggerWriter):
 
 def test_a_service_that_fails_does_not_end_the_training(make_cfg, tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(writers.LOGGERS, "json", Failing)
-    keys = dict(SOLVER__IMS_PER_BATCH=2, SOLVER__MAX_ITER=3, SOLVER__STEPS=(), SEED=1)
-    cfg = make_cfg("quickstart/faster_rcnn_R_18_FPN.yaml", OUTPUT_DIR=str(tmp_path), **keys)
+    cfg = make_cfg(CONFIG, OUTPUT_DIR=str(tmp_path), SOLVER__MAX_ITER=3, **KEYS)
     with caplog.at_level(logging.WARNING):
-        train(cfg, RESNET_BACKBONE__LOGGERS=["json"], SOLVER__AMP__ENABLED=False)
-    lines = [
-        record.getMessage() for record in caplog.records if "not logged" in record.getMessage()
-    ]
-    assert lines == [
-        f"json: {what} is not logged (the service is away)"
-        for what in ("iteration 2", "the end of the run")
-    ]
+        train(cfg, RESNET_BACKBONE__LOGGERS=["json"])
+    lines = [record.getMessage() for record in caplog.records]
+    parts = "iteration 2", "the end of the run"
+    expected = [f"json: {what} is not logged (the service is away)" for what in parts]
+    assert [line for line in lines if "not logged" in line] == expected
     with pytest.raises(UsageError, match="LOGGERS: json cannot start: no key, log in first"):
         train(cfg, RESNET_BACKBONE__LOGGERS=["json"], OUTPUT_DIR=str(tmp_path / "refused"))

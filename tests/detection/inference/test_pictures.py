@@ -24,12 +24,9 @@ def where(picture: np.ndarray, index: int) -> tuple[int, int, int, int]:
 
 def test_detections_are_drawn_where_they_are():
     """Those above the threshold; the image is left alone."""
-    found = Instances(
-        (500, 700),
-        pred_boxes=Boxes(torch.tensor([BOX, (10.0, 20.0, 250.0, 140.0)])),
-        scores=torch.tensor([0.9, 0.4]),
-        pred_classes=torch.tensor([3, 1]),
-    )
+    found = Instances((500, 700), scores=torch.tensor([0.9, 0.4]))
+    found.pred_boxes = Boxes(torch.tensor([BOX, (10.0, 20.0, 250.0, 140.0)]))
+    found.pred_classes = torch.tensor([3, 1])
     output, before = {"instances": found}, GRAY.copy()
     picture = pictures.draw_output(GRAY, output, [], threshold=0.5)
     assert (GRAY == before).all()
@@ -73,16 +70,11 @@ def test_class_names_and_colors():
     assert len(colors) == 80 and all(0 <= value <= 1 for color in colors for value in color)
 
 
-@pytest.mark.parametrize(
-    "size, drawn",
-    [
-        ((160, 160), (480, 480)),
-        ((332, 500), (480, 722)),
-        ((600, 800), (600, 800)),
-        ((20, 960), (40, 1920)),
-        ((20, 3000), (20, 3000)),
-    ],
-)
+DRAWN = {(160, 160): (480, 480), (332, 500): (480, 722), (600, 800): (600, 800)}
+DRAWN |= {(20, 960): (40, 1920), (20, 3000): (20, 3000)}
+
+
+@pytest.mark.parametrize("size, drawn", DRAWN.items())
 def test_small_images_are_enlarged(size, drawn):
     height, width = size
     box = (0.25 * width, 0.5 * height, 0.75 * width, height - 1)
