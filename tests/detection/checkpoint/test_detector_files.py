@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from safetensors.torch import save_file
 from states import assert_holds, refused, state_of
 
 from resnet_backbone.detection import Checkpointer
@@ -50,17 +51,6 @@ def test_a_backbone_is_read_once(detector, tmp_path, monkeypatch):
     assert reads == ["x.pth"]
 
 
-@pytest.mark.parametrize("end", [0, 10, 5000, -1])
-def test_torn_files(detector, tmp_path, end):
-    Checkpointer(detector(), str(tmp_path)).save("model")
-    whole = (tmp_path / "model.pth").read_bytes()
-    (tmp_path / "torn.pth").write_bytes(whole[:end])
-    with pytest.raises(
-        WeightsError, match="torn.pth: (not a complete torch file|refused: it contains)"
-    ):
-        Checkpointer(detector()).load(str(tmp_path / "torn.pth"))
-
-
 def test_read_as_torch_reads_it(detector, tmp_path):
     """The state of a training too: what Detectron2's trainer saves is plain data."""
     model = detector()
@@ -82,8 +72,6 @@ def test_read_as_torch_reads_it(detector, tmp_path):
 
 def test_detectors_of_every_container(detector, make_cfg, small, tmp_path):
     """.pth with and without wrapping, .pkl of the zoo, safetensors; module. is taken off."""
-    from safetensors.torch import save_file
-
     model = detector()
     state = model.state_dict()
     arrays = {key: value.numpy() for key, value in state.items()}
@@ -105,10 +93,7 @@ def test_detectors_of_every_container(detector, make_cfg, small, tmp_path):
     [
         (dict(MODEL__RESNETS__DEPTH=34), r"lacks \d+ of this detector's tensors, such as .*res2.2"),
         (dict(MODEL__FPN__OUT_CHANNELS=8), "have another shape, such as backbone.fpn_lat"),
-        (
-            dict(MODEL__ROI_BOX_HEAD__FC_DIM=8),
-            r"as roi_heads.box_head.fc1.weight: \(16, 784\), but t",
-        ),
+        (dict(MODEL__ROI_BOX_HEAD__FC_DIM=8), r"as roi_heads.box_head.fc1.weight: \(16, 784\)"),
         (dict(RESNET_BACKBONE__SHORTCUT="A"), "this detector has no .*res3.0.shortcut"),
         ({}, r"resnet34, this network is a resnet18: .* no backbone.bottom_up.res2.2.conv1.weight"),
     ],
@@ -187,10 +172,9 @@ def test_classes_are_carried_over_by_name(detector, tmp_path, caplog, kind):
     before, given = state_of(model), source.state_dict()
     with caplog.at_level(logging.INFO, logger="resnet_backbone"):
         Checkpointer(model, class_names=ours).load(str(tmp_path / "coco.pth"), checkpointables=[])
-    text = (
-        "3 of 4 classes are carried over by name: aeroplane from airplane, person, tvmonitor from"
-    )
-    assert f"{text} tv; at random: boat\n" in caplog.text and "start at random" not in caplog.text
+    names = "aeroplane from airplane, person, tvmonitor from tv; at random: boat"
+    assert f"3 of 4 classes are carried over by name: {names}\n" in caplog.text
+    assert "start at random" not in caplog.text
     found, checked = state_of(model), 0
     for key in (key for key in found if "box_predictor" in key):
         rows = {"cls_score": 1, "bbox_pred": 4}[key.split(".")[-2]]
