@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torchvision
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
+from drawn_networks import random_checkpoint
 from iopath.common.file_io import PathHandler
 from states import assert_holds
 
@@ -20,27 +20,20 @@ from resnet_backbone.detection.checkpoint.checkpointer import find_network
 from resnet_backbone.detection.checkpoint.input_check import prepare_weights
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.models import build_model as build_network
-from resnet_backbone.weights import PREPROCESSINGS, WeightsError, sources, write_checkpoint
-from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
+from resnet_backbone.weights import WeightsError, sources, write_checkpoint
 from resnet_backbone.weights.export import export_checkpoint
 
 R18 = "voc/faster_rcnn_R_18_FPN.yaml"
 
 
-def random_r18(preprocessing="msra"):
-    """A checkpoint of random weights with batch norms that are no identity."""
-    torch.manual_seed(0)
-    network = build_network("resnet18", 7)
-    for key, value in network.state_dict().items():
-        if "norm" in key and value.is_floating_point():
-            value.uniform_(0.5, 1.5)
-    tensors = {k: v for k, v in network.state_dict().items() if not k.endswith("tracked")}
-    return Checkpoint(tensors, ModelSpec("resnet18", 7), PREPROCESSINGS[preprocessing])
+@pytest.fixture
+def r18():
+    return random_checkpoint("resnet18", "torchvision")
 
 
 @pytest.fixture
-def r18():
-    return random_r18("torchvision")
+def msra():
+    return random_checkpoint("resnet18", "msra")
 
 
 def into_detector(cfg, source):
@@ -136,21 +129,23 @@ def caffe2_blobs(checkpoint, path):
     path.write_bytes(pickle.dumps(renamed, protocol=2))
 
 
-def test_the_zoos_backbone_by_name(make_cfg, small, served):
+ZOOS = "detectron2://ImageNetPretrained/MSRA/R-18.pkl"
+
+
+def test_the_zoos_backbone_by_name(make_cfg, small, msra, served):
     """It speaks for itself: no name of a preprocessing is needed, and the input is checked."""
     folder, fetched = served
-    weights, source = random_r18(), "detectron2://ImageNetPretrained/MSRA/R-18.pkl"
-    caffe2_blobs(weights, folder / "R-18.pkl")
-    cfg = make_cfg(R18, **small, MODEL__WEIGHTS=source)
+    caffe2_blobs(msra, folder / "R-18.pkl")
+    cfg = make_cfg(R18, **small, MODEL__WEIGHTS=ZOOS)
     assert prepare_weights(cfg) == []
     model = build_model(cfg)
-    Checkpointer(model).load(source, checkpointables=[])
-    assert_holds(find_network(model), weights.tensors)
+    Checkpointer(model).load(ZOOS, checkpointables=[])
+    assert_holds(find_network(model), msra.tensors)
     assert len(fetched) == 1  # then from the cache
-    wrong = make_cfg(R18, **small, MODEL__WEIGHTS=source, INPUT__FORMAT="RGB")
+    wrong = make_cfg(R18, **small, MODEL__WEIGHTS=ZOOS, INPUT__FORMAT="RGB")
     with pytest.raises(WeightsError, match='INPUT.FORMAT is RGB; set INPUT.FORMAT "BGR"'):
         prepare_weights(wrong)
-    use_weights_input(wrong, source)
+    use_weights_input(wrong, ZOOS)
     assert wrong.INPUT.FORMAT == "BGR"
 
 
@@ -168,45 +163,30 @@ class Mine(PathHandler):
         return str(self.folder / path.removeprefix("mine://"))
 
 
-def test_a_backbone_from_a_store_of_the_path_manager(make_cfg, small, tmp_path):
-    weights = random_r18()
-    write_checkpoint(weights, tmp_path / "r18.safetensors")
+def test_a_backbone_from_a_store_of_the_path_manager(make_cfg, small, msra, tmp_path):
+    write_checkpoint(msra, tmp_path / "r18.safetensors")
     PathManager.register_handler(Mine(tmp_path), allow_override=True)
     cfg = make_cfg(R18, **small, MODEL__WEIGHTS="mine://r18.safetensors")
     assert prepare_weights(cfg) == []
     model = build_model(cfg)
     Checkpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
-    assert_holds(find_network(model), weights.tensors)
+    assert_holds(find_network(model), msra.tensors)
 
 
-def test_detectron2s_cache_is_used(make_cfg, small, served, tmp_path):
+def test_detectron2s_cache_is_used(make_cfg, small, msra, served, tmp_path):
     path = tmp_path / "iopath" / "detectron2/ImageNetPretrained/MSRA/R-18.pkl"
     path.parent.mkdir(parents=True)
-    weights = random_r18()
-    export_checkpoint(weights, path, "caffe2")
-    model = into_detector(make_cfg(R18, **small), "detectron2://ImageNetPretrained/MSRA/R-18.pkl")
-    assert_holds(find_network(model), weights.tensors)
+    export_checkpoint(msra, path, "caffe2")
+    model = into_detector(make_cfg(R18, **small), ZOOS)
+    assert_holds(find_network(model), msra.tensors)
     assert not served[1]
 
 
-def test_c4_from_the_zoo(make_cfg, served):
-    folder, _ = served
-    weights = random_r18()
-    caffe2_blobs(weights, folder / "R-18.pkl")
-    cfg = make_cfg("voc/faster_rcnn_R_18_C4.yaml")
-    model = into_detector(cfg, "detectron2://ImageNetPretrained/MSRA/R-18.pkl")
-    assert_holds(model.roi_heads.res5, weights.tensors, "res5.")
+def test_c4_from_the_zoo(make_cfg, msra, served):
+    caffe2_blobs(msra, served[0] / "R-18.pkl")
+    model = into_detector(make_cfg("voc/faster_rcnn_R_18_C4.yaml"), ZOOS)
+    assert_holds(model.roi_heads.res5, msra.tensors, "res5.")
     assert "res5" not in find_network(model).stage_names
-
-
-def test_torchvision_by_name(make_cfg, small, r18, served):
-    folder, fetched = served
-    entry = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
-    export_checkpoint(r18, folder / entry.url.rpartition("/")[2], "torchvision")
-    cfg = make_cfg(R18, **small)
-    with pytest.raises(WeightsError, match="its sha256 begins with"):
-        into_detector(cfg, "torchvision://resnet18/IMAGENET1K_V1")
-    assert fetched == [entry.url]
 
 
 @pytest.mark.parametrize("source", ["torchvision://resnet19", "gopher://x", "detectron2://no.pth"])
