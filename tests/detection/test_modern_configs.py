@@ -25,13 +25,8 @@ DIFFERENCES = {
 }
 # What MoCo's pascal_voc_R_50_C4_24k.yaml sets beside the zoo's VOC config (facebookresearch/moco,
 # detection/configs); ours is its Res5ROIHeadsExtraNorm.
-MOCO = {
-    "MODEL.BACKBONE.FREEZE_AT": 0,
-    "MODEL.RESNETS.NORM": "naiveSyncBN",
-    "TEST.PRECISE_BN.ENABLED": True,
-    "SOLVER.STEPS": (18000, 22000),
-    "SOLVER.MAX_ITER": 24000,
-}
+MOCO = {"MODEL.BACKBONE.FREEZE_AT": 0, "MODEL.RESNETS.NORM": "naiveSyncBN"}
+MOCO |= {"TEST.PRECISE_BN.ENABLED": True, "SOLVER.STEPS": (18000, 22000), "SOLVER.MAX_ITER": 24000}
 # Detectron2's MODEL_ZOO.md: box AP and training seconds an iteration on 8 GPUs.
 PUBLISHED = {
     "coco_R_50_C4_1x": (35.7, 0.551),
@@ -109,11 +104,8 @@ AMONG_THEM = "retinanet_R_50_FPN_1x mask_rcnn_R_50_C4_1x cascade_mask_rcnn_R_50_
 def test_files_of_the_zoo_build_with_our_backbone(name):
     keys = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
     theirs = load_config(str(ZOO / name), keys)
-    ours = BACKBONES[theirs.MODEL.BACKBONE.NAME]
-    models = (
-        build_model(theirs),
-        build_detector(load_config(str(ZOO / name), [*keys, "MODEL.BACKBONE.NAME", ours])),
-    )
+    keys += ["MODEL.BACKBONE.NAME", BACKBONES[theirs.MODEL.BACKBONE.NAME]]
+    models = build_model(theirs), build_detector(load_config(str(ZOO / name), keys))
     parameters = [sum(value.numel() for value in model.parameters()) for model in models]
     assert parameters[0] == parameters[1]
     kinds = {type(module).__name__ for module in models[1].modules()}

@@ -20,45 +20,37 @@ from resnet_backbone.detection.modeling import losses_of
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "detection" / "paper"
 NAMES = sorted(path.name for path in FOLDER.glob("*.yaml") if not path.name.startswith("Base"))
-# key -> value of VOC, of COCO; appendix A, Faster R-CNN and Fast R-CNN
-PROTOCOL = {
-    "INPUT.MIN_SIZE_TRAIN": ((600,),) * 2,
-    "INPUT.MAX_SIZE_TRAIN": (1000,) * 2,
-    "INPUT.MIN_SIZE_TEST": (600,) * 2,
-    "INPUT.MAX_SIZE_TEST": (1000,) * 2,
+# Appendix A, Faster R-CNN and Fast R-CNN: for VOC and COCO, and for each of them
+BOTH = {"INPUT.MIN_SIZE_TRAIN": (600,), "INPUT.MAX_SIZE_TRAIN": 1000}
+BOTH |= {"INPUT.MIN_SIZE_TEST": 600, "INPUT.MAX_SIZE_TEST": 1000}
+BOTH |= {"MODEL.PROPOSAL_GENERATOR.MIN_SIZE": 16, "MODEL.RPN.BOUNDARY_THRESH": 0}
+BOTH |= {"MODEL.RPN.POST_NMS_TOPK_TEST": 300, "MODEL.RPN.SMOOTH_L1_BETA": pytest.approx(1 / 9)}
+BOTH |= {"MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 64, "MODEL.ROI_HEADS.NMS_THRESH_TEST": 0.3}
+BOTH |= {"MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIPool", "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": 1.0}
+BOTH |= {"SOLVER.WEIGHT_DECAY": 0.0005, "SOLVER.WEIGHT_DECAY_BIAS": 0.0}
+BOTH |= {"SOLVER.BIAS_LR_FACTOR": 2.0, "RESNET_BACKBONE.TRAIN_ON_DIFFICULT": False}
+EACH = {
     "MODEL.ANCHOR_GENERATOR.SIZES": ([[128, 256, 512]], [[64, 128, 256, 512]]),
-    "MODEL.PROPOSAL_GENERATOR.MIN_SIZE": (16,) * 2,
-    "MODEL.RPN.BOUNDARY_THRESH": (0,) * 2,
-    "MODEL.RPN.POST_NMS_TOPK_TEST": (300,) * 2,
-    "MODEL.RPN.SMOOTH_L1_BETA": (pytest.approx(1 / 9),) * 2,
     "MODEL.ROI_HEADS.IOU_THRESHOLDS": ([0.1, 0.5], [0.5]),  # VOC: too little overlap is not used
     "MODEL.ROI_HEADS.IOU_LABELS": ([-1, 0, 1], [0, 1]),
-    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": (64,) * 2,
-    "MODEL.ROI_HEADS.NMS_THRESH_TEST": (0.3,) * 2,
-    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIPool",) * 2,
-    "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": (1.0,) * 2,
-    "SOLVER.BIAS_LR_FACTOR": (2.0,) * 2,
-    "SOLVER.WEIGHT_DECAY": (0.0005,) * 2,
-    "SOLVER.WEIGHT_DECAY_BIAS": (0.0,) * 2,
     "SOLVER.STEPS": ((60000,), (240000,)),
     "SOLVER.MAX_ITER": (80000, 320000),
-    "RESNET_BACKBONE.TRAIN_ON_DIFFICULT": (False,) * 2,
 }
 
 
 def test_every_network_has_every_protocol():
-    networks = ("VGG_16", "R_50", "R_101", "R_152")
-    assert {
-        f"{data}_{net}.yaml"
-        for data in ("voc_07", "voc_07_12", "voc_07_12_test12", "coco", "coco_trainval")
-        for net in networks
-    } | {"voc_07_12_from_coco_R_101.yaml", "voc_07_12_test12_from_coco_R_101.yaml"} == {*NAMES}
+    data = ("voc_07", "voc_07_12", "voc_07_12_test12", "coco", "coco_trainval")
+    names = {f"{one}_{net}.yaml" for one in data for net in ("VGG_16", "R_50", "R_101", "R_152")}
+    names |= {"voc_07_12_from_coco_R_101.yaml", "voc_07_12_test12_from_coco_R_101.yaml"}
+    assert names == {*NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_protocol(make_cfg, name):
     cfg, column = make_cfg(f"paper/{name}"), int(name.startswith("coco"))
-    for key, expected in PROTOCOL.items():
+    for key, expected in BOTH.items():
+        assert read_key(cfg, key) == expected, key
+    for key, expected in EACH.items():
         anchors = "coco" in name and "SIZES" in key  # those that its weights have
         assert read_key(cfg, key) == expected[anchors or column], key
     depth = re.search(r"R_(\d+)", name)
