@@ -9,20 +9,18 @@ from detectron2.data import MetadataCatalog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resnet_backbone.detection.evaluation.coco import (
-    PanopticEvaluator,
-    match_segments,
-    panoptic_quality,
-)
+from resnet_backbone.detection.evaluation import PanopticEvaluator
+from resnet_backbone.detection.evaluation.coco import match_segments, panoptic_quality
 from resnet_backbone.runtime.errors import DataError
 
 TRUE = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 2, 2, 0], [3, 3, 3, 3, 4, 4]])
-TRUTH = [
-    {"id": 1, "category_id": 7, "iscrowd": 0},
-    {"id": 2, "category_id": 7, "iscrowd": 0},
-    {"id": 3, "category_id": 9, "iscrowd": 0},
-    {"id": 4, "category_id": 7, "iscrowd": 1},
-]
+
+
+def segment(number, category, crowd=0):
+    return {"id": int(number), "category_id": int(category), "iscrowd": int(crowd)}
+
+
+TRUTH = [segment(1, 7), segment(2, 7), segment(3, 9), segment(4, 7, crowd=1)]
 
 
 def test_panoptic_quality_by_hand():
@@ -42,8 +40,7 @@ def test_panoptic_quality_by_hand():
 
 def test_void_is_no_part_of_the_union():
     true, found = np.array([[1, 1, 0, 0]]), np.array([[5, 5, 5, 5]])
-    truth = [{"id": 1, "category_id": 7, "iscrowd": 0}]
-    assert match_segments(true, truth, found, {5: 7})[7] == {"iou": 1.0, "tp": 1}
+    assert match_segments(true, [segment(1, 7)], found, {5: 7})[7] == {"iou": 1.0, "tp": 1}
 
 
 def test_the_truth_is_of_full_quality():
@@ -69,10 +66,7 @@ def images(draw):
     true = np.kron(rng.integers(0, 5, (3, 3)), np.ones((4, 4), int))
     found = np.where(rng.random((12, 12)) < draw(st.floats(0, 0.6)), rng.integers(0, 5), true)
     crowd = int(rng.integers(0, 5))
-    truth = [
-        {"id": int(i), "category_id": int(i) % 2 + 1, "iscrowd": int(i == crowd)}
-        for i in np.unique(true[true > 0])
-    ]
+    truth = [segment(i, i % 2 + 1, i == crowd) for i in np.unique(true[true > 0])]
     classes = {
         int(i): int(rng.integers(1, 3)) if rng.random() < 0.2 else int(i) % 2 + 1
         for i in np.unique(found[found > 0])

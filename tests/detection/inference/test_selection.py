@@ -69,15 +69,9 @@ def test_selection_by_hand(kind, vote, seed, regions, classes):
 
 def test_voting_of_known_boxes():
     """No votes at an IoU of exactly .5, from other classes, from afar, or with scores below 0."""
-    boxes = torch.tensor(
-        [
-            [[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 10.0]],
-            [[0.0, 0.0, 10.0, 8.0], [2.0, 0.0, 10.0, 10.0]],
-            [[0.0, 0.0, 10.0, 5.0], [0.0, 0.0, 10.0, 9.0]],
-            [[30.0, 0.0, 40.0, 10.0], [0.0, 0.0, 10.0, 6.0]],
-            [[0.0, 0.0, 9.0, 9.0], [0.0, 0.0, 10.0, 6.0]],
-        ]
-    )
+    first = [[0.0, 0, 10, 10], [0, 0, 10, 8], [0, 0, 10, 5], [30, 0, 40, 10], [0, 0, 9, 9]]
+    second = [[0.0, 0, 10, 10], [2, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 6], [0, 0, 10, 6]]
+    boxes = torch.stack([torch.tensor(first), torch.tensor(second)], dim=1)
     scores = torch.tensor([[0.6, 0.0], [0.2, 0.0], [0.9, -1.0], [0.9, 0.0], [-0.5, 0.0]])
     kept, classes = boxes[0].clone(), torch.tensor([0, 1])
     voted = vote_boxes(kept, classes, boxes, scores)
@@ -103,14 +97,9 @@ def test_two_adjacent_scales(sides, count):
 
 def test_regions_of_the_second_pass():
     """The best class's box, clipped; the background's score does not count; no area, no region."""
-    boxes = torch.tensor(
-        [
-            [[0.0, 0.0, 9.0, 9.0], [-5.0, 5.0, 70.0, 80.0]],
-            [[1.0, 1.0, 2.0, 2.0], [3.0, 3.0, 4.0, 4.0]],
-            [[70.0, 5.0, 90.0, 9.0], [0.0, 0.0, 9.0, 9.0]],
-            [[torch.nan, 5.0, 90.0, 9.0], [0.0, 0.0, 9.0, 9.0]],
-        ]
-    )
+    first = [[0.0, 0, 9, 9], [1, 1, 2, 2], [70, 5, 90, 9], [torch.nan, 5, 90, 9]]
+    second = [[-5.0, 5, 70, 80], [3, 3, 4, 4], [0, 0, 9, 9], [0, 0, 9, 9]]
+    boxes = torch.stack([torch.tensor(first), torch.tensor(second)], dim=1)
     scores = torch.tensor([[0.1, 0.2, 0.7], [0.6, 0.3, 0.1], [0.9, 0.1, 0.0], [0.9, 0.1, 0.0]])
     assert best_boxes(scores, boxes, SIZE).tolist() == [[0.0, 5.0, 60.0, 50.0], [1, 1, 2, 2]]
     assert best_boxes(scores[:0], boxes[:0], SIZE).shape == (0, 4)
