@@ -54,9 +54,8 @@ def test_det_with_halves_of_val(ilsvrc, capsys):
 
 
 def test_det_with_a_list_of_val1(ilsvrc):
-    (ilsvrc / "val1.txt").write_text(
-        "ILSVRC2012_val_00000001 1\nval/ILSVRC2012_val_00000005.JPEG\n"
-    )
+    lines = "ILSVRC2012_val_00000001 1", "val/ILSVRC2012_val_00000005.JPEG", ""
+    (ilsvrc / "val1.txt").write_text("\n".join(lines))
     options = ["--annotations", ilsvrc / "Annotations/DET", "--val1", ilsvrc / "val1.txt"]
     found = prepare(ilsvrc, *options)
     assert stems(found["val2"]) == {f"ILSVRC2012_val_{n:08d}" for n in (0, 2, 3, 4)}

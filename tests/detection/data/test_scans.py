@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -17,12 +18,8 @@ from resnet_backbone.detection.data.records import BOX_COLUMNS, Records, load_pl
 from resnet_backbone.detection.data.scans import registered_scan
 
 NAME, CLASSES = "scans_test", ["cat", "dog"]
-BOXES = [
-    ("dog", (2, 3, 10, 8)),
-    ("cat", (3, 3, 30, 9), 1),
-    ("dog", (5, 5, 5, 5)),
-    ("cow", (1, 1, 9, 9)),
-]
+BOXES = [("dog", (2, 3, 10, 8)), ("cat", (3, 3, 30, 9), 1)]
+BOXES += [("dog", (5, 5, 5, 5)), ("cow", (1, 1, 9, 9))]
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +145,7 @@ def damage(kind, file):
     content = bytearray(file.read_bytes())
     if kind == "a byte":
         content[-9] ^= 1
-    elif kind == "a byte of the header":
+    elif kind == "its header":
         place = content.index(b"digest") + 12
         content[place] = ord("0" if content[place] != ord("0") else "1")
     elif kind == "truncated":
@@ -159,9 +156,7 @@ def damage(kind, file):
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "kind", ["a byte", "a byte of the header", "truncated", "empty", "another file"]
-)
+@pytest.mark.parametrize("kind", ["a byte", "its header", "truncated", "empty", "another file"])
 def test_a_damaged_file_is_ignored_and_written_again(coco, kind, own_cache, counted, caplog):
     caplog.set_level("INFO")
     records, report = start(coco, "coco")
@@ -212,8 +207,6 @@ def test_small_sets_are_not_kept_and_unused_files_go(coco, own_cache, monkeypatc
 
 
 def test_nothing_is_executed_from_a_kept_record():
-    import pickle
-
     assert load_plain(pickle.dumps({"mode": BoxMode.XYWH_ABS}))["mode"] is BoxMode.XYWH_ABS
     with pytest.raises(pickle.UnpicklingError, match="posix.system is not a plain value"):
         load_plain(pickle.dumps(os.system))
@@ -290,9 +283,8 @@ def test_of_several_processes_one_scans(coco, own_cache):
     command = [sys.executable, "-W", "ignore", str(coco / "tool.py"), str(coco)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2 and done.stderr.count("has 2 problems") == 1, done.stderr
-    (first, records), (second, others) = (
-        json.loads((coco / f"found{rank}").read_text()) for rank in range(2)
-    )
+    found = [json.loads((coco / f"found{rank}").read_text()) for rank in range(2)]
+    (first, records), (second, others) = found
     # one file and its four images, to train and to test on
     assert (first, second) == (2 * (1 + 4), 0) and records == others
     assert len(list(own_cache.glob("*.scan"))) == 2

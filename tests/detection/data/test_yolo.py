@@ -15,16 +15,11 @@ def test_confidences_and_keypoints_are_no_polygons(line):
         parse_yolo_line(line, 2, (100, 100))
 
 
-@pytest.mark.parametrize(
-    ("text", "names"),
-    [
-        ("{1: cat, 2: dog}", ["class 0", "cat", "dog"]),
-        (
-            "{'0': a, '2': b, '10': c}",
-            ["a", "class 1", "b", *map("class {}".format, range(3, 10)), "c"],
-        ),
-    ],
-)
+ELEVEN = ["a", "class 1", "b", *(f"class {n}" for n in range(3, 10)), "c"]
+NAMES = {"{1: cat, 2: dog}": ["class 0", "cat", "dog"], "{'0': a, '2': b, '10': c}": ELEVEN}
+
+
+@pytest.mark.parametrize("text, names", NAMES.items())
 def test_class_names_by_number(tmp_path, text, names):
     (tmp_path / "data.yaml").write_text(f"names: {text}\n")
     assert read_yolo_names(tmp_path / "data.yaml", tmp_path) == names
