@@ -181,11 +181,8 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    missing = [
-        name
-        for name in ("munged", "slurmctld", "slurmd", "sbatch", "torchrun", "resnet-backbone")
-        if not shutil.which(name, path=SEARCHED)
-    ]
+    wanted = ("munged", "slurmctld", "slurmd", "sbatch", "torchrun", "resnet-backbone")
+    missing = [name for name in wanted if not shutil.which(name, path=SEARCHED)]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))

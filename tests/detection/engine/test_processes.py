@@ -69,11 +69,9 @@ def assert_like(folder, alone, read=raw_weights):
     assert ours["processes"] == 2
     assert ours["results"]["bbox"] == pytest.approx(theirs["results"]["bbox"], abs=1, nan_ok=True)
     assert len(list(folder.glob("events.out.tfevents*"))) == 1
-    found = [
-        {row["image_id"] for row in json.loads((one / DETECTIONS).read_text())}
-        for one in (folder, alone)
-    ]
-    assert found[0] == found[1] and found[0]
+    texts = ((one / DETECTIONS).read_text() for one in (folder, alone))
+    found, expected = ({row["image_id"] for row in json.loads(text)} for text in texts)
+    assert found == expected and found
 
 
 @pytest.mark.slow
@@ -120,10 +118,7 @@ def test_a_signal_to_one_process_stops_both(data, tmp_path, launcher):
     os.kill(workers[-1], signal.SIGTERM)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == (EXIT_STOPPED if launcher == "own" else 1), output[-3000:]
-    lines = [
-        line for line in output.splitlines() if line.startswith("stopped by SIGTERM; run the same")
-    ]
-    assert len(lines) == (1 if launcher == "own" else 2)
+    assert output.count("\nstopped by SIGTERM; run the same") == (1 if launcher == "own" else 2)
     last = reached(folder)
     assert torch.load(folder / f"model_{last:07d}.pth")["iteration"] == last
     run(data, folder, "--resume", *options, **extra, **(keys | dict(SOLVER__MAX_ITER=last + 2)))

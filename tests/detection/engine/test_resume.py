@@ -18,16 +18,10 @@ from resnet_backbone.runtime.errors import EXIT_STOPPED
 
 # With all that has state: a warm-up, steps, momentum, parts, evaluations, the best and the averaged
 # weights.
-RUN = dict(
-    SOLVER__MAX_ITER=10,
-    SOLVER__STEPS="(5, 8)",
-    SOLVER__CHECKPOINT_PERIOD=2,
-    TEST__EVAL_PERIOD=4,
-    RESNET_BACKBONE__BEST_METRIC="bbox/AP50",
-    RESNET_BACKBONE__ACCUMULATE=2,
-    RESNET_BACKBONE__EMA_DECAY=0.5,
-    RESNET_BACKBONE__GRADIENT_CHECKPOINTING=True,
-)
+RUN = dict(SOLVER__MAX_ITER=10, SOLVER__STEPS="(5, 8)", SOLVER__CHECKPOINT_PERIOD=2)
+RUN |= dict(TEST__EVAL_PERIOD=4, RESNET_BACKBONE__BEST_METRIC="bbox/AP50")
+RUN |= dict(RESNET_BACKBONE__ACCUMULATE=2, RESNET_BACKBONE__EMA_DECAY=0.5)
+RUN |= dict(RESNET_BACKBONE__GRADIENT_CHECKPOINTING=True)
 
 
 @pytest.fixture(scope="module")
