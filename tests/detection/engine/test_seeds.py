@@ -1,12 +1,12 @@
 """--seeds: runs of several seeds, their mean and spread."""
 
-import importlib
 import json
 import statistics
 
 import pytest
 from runs import arguments, read_results, start
 
+from resnet_backbone.cli import train_net
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.engine import results
 from resnet_backbone.runtime.errors import EXIT_STOPPED
@@ -54,7 +54,6 @@ def seeds_command(data, folder, *seeds, **keys):
 
 
 def test_expectations_are_looked_at_when_all_seeds_are_done(tmp_path, monkeypatch, capsys):
-    tool = importlib.import_module("resnet_backbone.cli.train_net")
     expected, values = "[['bbox', 'AP50', 50.0, 1.0]]", {1: 20.0, 2: 50.5, 3: 80.0}
 
     def train(module, words, seeds, output):
@@ -65,17 +64,17 @@ def test_expectations_are_looked_at_when_all_seeds_are_done(tmp_path, monkeypatc
             content = {"results": {"bbox": {"AP50": value}}}
             (folder / "results.json").write_text(json.dumps(content))
 
-    monkeypatch.setattr(tool, "train_seeds", train)
+    monkeypatch.setattr(train_net, "train_seeds", train)
     words = seeds_command(tmp_path, tmp_path, "1", "2", "3", TEST__EXPECTED_RESULTS=expected)
     with pytest.raises(SystemExit) as ended:
-        tool.main(words)
+        train_net.main(words)
     said = capsys.readouterr().err.splitlines()[-1]
     assert ended.value.code == 1 and "seed 2" not in said
     for seed, value in ((1, 20), (3, 80)):
         text = f"seed {seed}: TEST.EXPECTED_RESULTS: bbox/AP50 is {value}, expected 50 +- 1"
         assert text in said
     values |= {1: 49.5, 3: 50.0}
-    tool.main(words)
+    train_net.main(words)
 
 
 def test_two_commands_do_not_train_in_one_folder(tmp_path):

@@ -93,29 +93,22 @@ NORM, BN = "MODEL.RESNETS.NORM is FrozenBN", "MODEL.RESNETS.NORM BN"
 @pytest.mark.parametrize("arguments", [[], ["--resume"], FREE.split()])
 def test_frozen_random_layers(train_net, tmp_path, arguments):
     """Also with --resume where there is nothing to go on from."""
-    where = ["--output-dir", str(tmp_path)]
-    lines = train_net(VOC, *where, *arguments, "MODEL.WEIGHTS", "", code=2)
+    lines = train_net(VOC, "--output-dir", tmp_path, *arguments, "MODEL.WEIGHTS", "", code=2)
     both = FROZEN.format(f"{STAGES} and {NORM}", f"{FREE} {BN}")
     message = FROZEN.format(NORM, BN) if len(arguments) == 2 else both
     assert lines[-1] == f"error: {message}"
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--eval-only"],
-        ["--resume"],
-        ["MODEL.WEIGHTS", "{weights}"],
-        ["MODEL.BACKBONE.FREEZE_AT", "0", "MODEL.RESNETS.NORM", "BN"],
-        ["MODEL.BACKBONE.NAME", "build_vgg_fpn_backbone", "MODEL.BACKBONE.FREEZE_AT", "0"],
-    ],
-)
-def test_layers_that_can_learn_or_have_weights(train_net, write, tmp_path, arguments):
-    if arguments == ["--resume"]:
+OTHERS = ["--eval-only", "--resume", "MODEL.WEIGHTS {weights}", f"{FREE} {BN}"]
+OTHERS += [f"MODEL.BACKBONE.NAME build_vgg_fpn_backbone {FREE}"]
+
+
+@pytest.mark.parametrize("words", OTHERS)
+def test_layers_that_can_learn_or_have_weights(train_net, write, tmp_path, words):
+    if words == "--resume":
         (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
         torch.save({"model": {"backbone.x": torch.zeros(1)}}, tmp_path / "model_0000001.pth")
-    weights = write(expected=PREPROCESSINGS["msra"])
-    arguments = [word.format(weights=weights) for word in arguments]
+    arguments = words.format(weights=write(expected=PREPROCESSINGS["msra"])).split()
     lines = train_net(VOC, "--output-dir", str(tmp_path), *NOWHERE, *arguments, code=2)
     assert "nowhere" in lines[-1]  # the data is what it then lacks
 
@@ -145,8 +138,7 @@ def test_cheap_mistakes_are_found_before_weights_are_fetched(
     (tmp_path / "a.json").write_text(json.dumps(images))
     words = [word.format(voc=tiny_voc, json=tmp_path / "a.json") for word in words]
     weights = ["--weights", "detectron2://ImageNetPretrained/MSRA/R-18.pkl"]
-    where = ["--output-dir", str(tmp_path)]
-    lines = train_net(QUICKSTART, *where, *mode, *weights, *words, code=2)
+    lines = train_net(QUICKSTART, "--output-dir", tmp_path, *mode, *weights, *words, code=2)
     if mode == ["--eval-only"] and "SOLVER.MAX_ITER" in words:
         message = "no data"  # a schedule means nothing to an evaluation
     assert message in lines[-1] and not fetched
@@ -155,9 +147,8 @@ def test_cheap_mistakes_are_found_before_weights_are_fetched(
 
 
 def test_an_evaluation_without_weights_reads_no_data(train_net, tiny_voc, tmp_path):
-    data = ["--voc-root", str(tiny_voc), "--test-set", "test"]
-    keys = ["--output-dir", str(tmp_path), "--eval-only", "MODEL.WEIGHTS", ""]
-    lines = train_net(QUICKSTART, *data, *keys, code=2)
+    words = ["--voc-root", tiny_voc, "--test-set", "test", "--output-dir", tmp_path, "--eval-only"]
+    lines = train_net(QUICKSTART, *words, "MODEL.WEIGHTS", "", code=2)
     assert lines[-1].startswith("error: MODEL.WEIGHTS is empty: add MODEL.WEIGHTS")
     assert not list(tmp_path.iterdir())
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_pascal_voc
 from detectron2.evaluation import PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
@@ -223,8 +224,6 @@ def test_predictions_of_all_processes_are_gathered(register, monkeypatch):
 
 
 def test_detectron2s_own_registration_will_do(register):
-    from detectron2.data.datasets import register_pascal_voc
-
     def loader(name, root, split, class_names):
         register_pascal_voc(name, str(root), split, 2007, class_names)
         MetadataCatalog.get(name).evaluator_type = "pascal_voc"
