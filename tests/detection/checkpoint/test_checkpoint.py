@@ -10,20 +10,11 @@ from states import assert_holds, refused, state_of
 from resnet_backbone.detection import Checkpointer
 from resnet_backbone.detection.checkpoint.checkpointer import describe_input, find_network
 from resnet_backbone.models import build_model as build_network
-from resnet_backbone.weights import (
-    PREPROCESSINGS,
-    Preprocessing,
-    WeightsError,
-    read_checkpoint,
-    save_weights,
-)
-from resnet_backbone.weights.reading import single_precision
+from resnet_backbone.weights import PREPROCESSINGS, Preprocessing, WeightsError, save_weights
+from resnet_backbone.weights.reading import read_checkpoint, single_precision
 
-RGB = dict(
-    INPUT__FORMAT="RGB",
-    MODEL__PIXEL_MEAN=[123.675, 116.28, 103.53],
-    MODEL__PIXEL_STD=[58.395, 57.12, 57.375],
-)
+RGB = dict(INPUT__FORMAT="RGB", MODEL__PIXEL_MEAN=[123.675, 116.28, 103.53])
+RGB |= dict(MODEL__PIXEL_STD=[58.395, 57.12, 57.375])
 R18 = "voc/faster_rcnn_R_18_FPN.yaml"
 
 

@@ -273,9 +273,7 @@ def where(make_voc):
         ([MODE, "sometimes"], "WEIGHTS_INPUT must be check or set, not 'sometimes'"),
     ],
 )
-def test_model_weights_are_checked_before_data_are_read(
-    train_net, write, where, tmp_path, arguments, message
-):
+def test_weights_are_checked_before_data(train_net, write, where, tmp_path, arguments, message):
     expected = Preprocessing("RGB", 255.0, (130.0, 121.5, 110.0), (30.0, 30.0, 30.0))
     weights = ["MODEL.WEIGHTS", write(expected=expected), "--output-dir", tmp_path / "run"]
     lines = train_net(QUICKSTART, *where, *weights, *arguments, code=2)

@@ -13,6 +13,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
+from drawn_networks import random_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from states import assert_holds, refused, state_of
@@ -24,7 +25,7 @@ from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.inference.predictor import Predictor
 from resnet_backbone.models import build_model as build_network
 from resnet_backbone.weights import PREPROCESSINGS, Preprocessing, WeightsError
-from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
+from resnet_backbone.weights.checkpoint import ModelSpec
 from resnet_backbone.weights.export import export_checkpoint
 from resnet_backbone.weights.reading import read_checkpoint
 
@@ -85,10 +86,9 @@ def test_predictors_refuse_other_input(make, tmp_path, writer, predictor, key):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "file", [R18, "voc/faster_rcnn_R_18_C4.yaml", "voc/faster_rcnn_VGG_16_FPN.yaml"]
-)
-def test_nothing_is_loaded_before_the_error(make, file):
+@pytest.mark.parametrize("name", ["R_18_FPN", "R_18_C4", "VGG_16_FPN"])
+def test_nothing_is_loaded_before_the_error(make, name):
+    file = f"voc/faster_rcnn_{name}.yaml"
     state = build_model(make(file)).state_dict()
     model = build_model(make(file, INPUT__FORMAT="RGB"))
     with refused(model, "INPUT.FORMAT is RGB"):
@@ -273,14 +273,11 @@ def test_upstreams_checkpointer_refuses_the_zoos_weights(make, tmp_path, monkeyp
 
 @pytest.mark.parametrize("suffix", [".pkl", ".pth"])
 def test_exported_backbones_are_checked_by_upstreams_loader(make, tmp_path, suffix):
-    network = build_network("resnet50", 3)
-    tensors = {k: v for k, v in network.state_dict().items() if not k.endswith("tracked")}
-    spec = ModelSpec("resnet50", 3, {"stride_in_1x1": True})
-    path = tmp_path / f"r50{suffix}"
-    export_checkpoint(Checkpoint(tensors, spec, PREPROCESSINGS["msra"]), path, "detectron2")
+    weights, path = random_checkpoint("resnet50", "msra"), tmp_path / f"r50{suffix}"
+    export_checkpoint(weights, path, "detectron2")
     right = make(R50, MODEL__WEIGHTS=str(path))
     model = DefaultPredictor(right).model
-    assert_holds(model.backbone.bottom_up.stem.conv1, tensors, "stem.conv1.")
+    assert_holds(model.backbone.bottom_up.stem.conv1, weights.tensors, "stem.conv1.")
     for key, value in ((STRIDE, False), ("INPUT.FORMAT", "RGB")):
         wrong = right.clone()
         wrong.merge_from_list([key, value])
