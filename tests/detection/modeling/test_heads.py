@@ -4,8 +4,7 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_box_head, build_model, build_roi_heads
-from detectron2.modeling.backbone.resnet import BasicBlock as D2BasicBlock
-from detectron2.modeling.backbone.resnet import ResNet as D2ResNet
+from detectron2.modeling.backbone import resnet
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from detectron2.structures import Boxes
 from drawn_networks import randomize
@@ -103,7 +102,7 @@ def detectron2s_c4_head(cfg, depth):
         return head
     count, sizes = BLOCKS[depth], dict(in_channels=256, out_channels=512, norm="FrozenBN")
     strides = [2] + [1] * (count - 1)
-    blocks = D2ResNet.make_stage(D2BasicBlock, count, stride_per_block=strides, **sizes)
+    blocks = resnet.ResNet.make_stage(resnet.BasicBlock, count, stride_per_block=strides, **sizes)
     head.res5 = nn.Sequential(*blocks)
     return head
 
