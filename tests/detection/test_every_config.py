@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import detectron2
@@ -15,11 +16,11 @@ from resnet_backbone.detection.evaluation import voc
 from resnet_backbone.weights import sources
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "detection"
-NAMES = sorted(
-    str(path.relative_to(CONFIGS))
-    for path in CONFIGS.glob("*/*.yaml")
-    if not path.name.startswith("Base-")
-)
+FILES = sorted(path for path in CONFIGS.glob("*/*.yaml") if not path.name.startswith("Base-"))
+NAMES = [str(path.relative_to(CONFIGS)) for path in FILES]
+WITH_WEIGHTS = [one for one in NAMES if not re.search("^(quickstart|voc07)/|from_coco", one)]
+MASKS = sorted(CONFIGS.glob("../segmentation/*/*.yaml"))
+SEGMENTATION = [str(path.relative_to(CONFIGS)) for path in MASKS]
 # Small, but the paper's anchors of 128 pixels lie inside the image.
 SMALL = """INPUT.MIN_SIZE_TRAIN (160,) INPUT.MAX_SIZE_TRAIN 240 INPUT.MIN_SIZE_TEST 160
 INPUT.MAX_SIZE_TEST 240 MODEL.RPN.POST_NMS_TOPK_TRAIN 50 MODEL.RPN.POST_NMS_TOPK_TEST 20
@@ -53,12 +54,8 @@ def data(tiny_voc, tiny_coco, tmp_path):
             return ["--voc-root", tiny_voc, "--train-set", "train", "--test-set", "test"]
         train, test = tmp_path / "train.json", tmp_path / "test.json"
         for path, numbers in ((train, range(6)), (test, range(6, 8))):
-            tiny_coco(path, numbers)
+            tiny_coco(path, numbers, only=90 if "_loc/" in name else None)  # one class an image
             content = json.loads(path.read_text())
-            if "_loc/" in name:  # one class an image
-                kept = content["categories"][0]["id"]
-                boxes = content["annotations"]
-                content["annotations"] = [one for one in boxes if one["category_id"] == kept]
             if "keypoint" in name:  # people
                 content["categories"] = [{"id": 90, "name": "person"}]
                 for one in content["annotations"]:
@@ -88,14 +85,7 @@ def amounts_to(name, overrides) -> str:
     return f"{is_coco(name)} {cfg.dump()}"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name
-        for name in NAMES
-        if not name.startswith(("quickstart/", "voc07/")) and "from_coco" not in name
-    ],
-)
+@pytest.mark.parametrize("name", [*WITH_WEIGHTS, *SEGMENTATION])
 def test_weights_and_their_input(name, monkeypatch):
     monkeypatch.setattr(sources, "download", lambda url, target, *_: target)
     cfg = load_config(str(CONFIGS / name), [])
@@ -103,23 +93,22 @@ def test_weights_and_their_input(name, monkeypatch):
     refuse_other_input(config_input(cfg), sources.resolve(cfg.MODEL.WEIGHTS).preprocessing, name)
     depth = "VGG" in name and "vgg16" or cfg.MODEL.RESNETS.DEPTH
     assert str(depth) in cfg.MODEL.WEIGHTS or "self-supervised" in (CONFIGS / name).read_text()
+    if name in SEGMENTATION:
+        assert cfg.RESNET_BACKBONE.REFERENCE_BATCH == cfg.SOLVER.IMS_PER_BATCH == 16
+
+
+KINDS = {"faster_rcnn_R_50_C4_1x": "", "faster_rcnn_R_50_DC5_1x": ""}
+KINDS |= {"faster_rcnn_R_50_FPN_1x": "_fpn", "rpn_R_50_FPN_1x": "_fpn"}
+KINDS |= {"retinanet_R_50_FPN_1x": "_p6p7"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, backbone",
-    [
-        ("faster_rcnn_R_50_C4_1x", "build_paper_resnet_backbone"),
-        ("faster_rcnn_R_50_DC5_1x", "build_paper_resnet_backbone"),
-        ("faster_rcnn_R_50_FPN_1x", "build_paper_resnet_fpn_backbone"),
-        ("retinanet_R_50_FPN_1x", "build_paper_resnet_p6p7_backbone"),
-        ("rpn_R_50_FPN_1x", "build_paper_resnet_fpn_backbone"),
-    ],
-)
-def test_files_of_detectron2s_zoo_start(train_net, data, tmp_path, name, backbone):
+@pytest.mark.parametrize("name, kind", KINDS.items())
+def test_files_of_detectron2s_zoo_start(train_net, data, tmp_path, name, kind):
     file = Path(detectron2.__file__).parent / "model_zoo/configs/COCO-Detection" / f"{name}.yaml"
     keys = [*SMALL, "MODEL.RESNETS.NORM", "BN", "MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
-    train_net(file, "--output-dir", tmp_path, *data("coco"), *keys, "MODEL.BACKBONE.NAME", backbone)
+    keys += ["MODEL.BACKBONE.NAME", f"build_paper_resnet{kind}_backbone"]
+    train_net(file, "--output-dir", tmp_path, *data("coco"), *keys)
     assert (tmp_path / "model_final.pth").is_file()
 
 

@@ -6,25 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.data import transforms as T
 from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import BitMasks, PolygonMasks
 from safetensors.torch import load_file
 
 from resnet_backbone.detection import DeepLabResNet, PaperResNet
-from resnet_backbone.detection.checkpoint.files import refuse_other_input
-from resnet_backbone.detection.checkpoint.input_check import config_input
 from resnet_backbone.detection.config import load_config
-from resnet_backbone.detection.data.arguments import (
-    detects_objects,
-    labels_pixels,
-    set_class_counts,
-)
+from resnet_backbone.detection.data import arguments
+from resnet_backbone.detection.data.arguments import detects_objects, labels_pixels
 from resnet_backbone.detection.data.mapper import mapper_options
 from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.detection.modeling import losses_of
 from resnet_backbone.runtime.errors import UsageError
-from resnet_backbone.weights import WeightsError, sources
+from resnet_backbone.weights import WeightsError
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "segmentation"
 CONFIGS = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.glob("*/*.yaml"))
@@ -46,7 +42,8 @@ def load(name, *overrides, depth=18):
         keys += ["MODEL.RESNETS.RES5_MULTI_GRID", "[1, 2]"]  # one rate for each block of res5
     cfg = load_config(str(FOLDER / name), [*keys, *overrides])
     things = ["a", "b", "c"] if detects_objects(cfg) else []
-    set_class_counts(cfg, things, ["background", "x", "y", "z"] if labels_pixels(cfg) else [])
+    labels = ["background", "x", "y", "z"] if labels_pixels(cfg) else []
+    arguments.set_class_counts(cfg, things, labels)
     return cfg
 
 
@@ -118,25 +115,12 @@ def test_learns_and_predicts(name, depth, make_images):
     assert ("panoptic_seg" in output) == (cfg.MODEL.META_ARCHITECTURE == "PanopticFPN")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_weights_of_the_config_fit_its_input(name, monkeypatch):
-    monkeypatch.setattr(sources, "download", lambda url, target, *_: target)
-    cfg = load_config(str(FOLDER / name), ["MODEL.DEVICE", "cpu"])
-    found = sources.resolve(cfg.MODEL.WEIGHTS).preprocessing
-    refuse_other_input(config_input(cfg), found, name)
-    assert str(cfg.MODEL.RESNETS.DEPTH) in cfg.MODEL.WEIGHTS
-    assert cfg.RESNET_BACKBONE.REFERENCE_BATCH == cfg.SOLVER.IMS_PER_BATCH == 16
+BACKBONES = {DEEPLAB: "backbone", "coco/semantic_R_50_FPN.yaml": "backbone.bottom_up"}
+BACKBONES["coco/panoptic_R_50_FPN.yaml"] = "backbone.bottom_up"
 
 
 @pytest.mark.data
-@pytest.mark.parametrize(
-    "name, backbone",
-    [
-        (DEEPLAB, "backbone"),
-        ("coco/semantic_R_50_FPN.yaml", "backbone.bottom_up"),
-        ("coco/panoptic_R_50_FPN.yaml", "backbone.bottom_up"),
-    ],
-)
+@pytest.mark.parametrize("name, backbone", BACKBONES.items())
 def test_weights_load_and_another_stride_is_refused(name, backbone, data_root):
     """Also where the model, like SemanticSegmentor, does not know its channel order."""
     file = str(data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors")
@@ -174,15 +158,13 @@ def test_deeplab_backbone_equals_detectron2s(name):
 
 def test_deeplab_backbone_without_our_node():
     """Detectron2's own DeepLab script has the project's keys and not ours."""
-    from detectron2.config import get_cfg
     from detectron2.projects.deeplab import add_deeplab_config
 
     cfg = get_cfg()
     add_deeplab_config(cfg)
     cfg.MODEL.BACKBONE.NAME, cfg.MODEL.DEVICE = "build_paper_resnet_deeplab_backbone", "cpu"
-    resnets = dict(DEPTH=18, STEM_TYPE="basic", RES4_DILATION=2, RES5_DILATION=4)
-    resnets |= dict(RES5_MULTI_GRID=[1, 2], OUT_FEATURES=["res5"])
-    cfg.MODEL.RESNETS.update(resnets)
+    cfg.MODEL.RESNETS.update(DEPTH=18, STEM_TYPE="basic", RES4_DILATION=2, RES5_DILATION=4)
+    cfg.MODEL.RESNETS.update(RES5_MULTI_GRID=[1, 2], OUT_FEATURES=["res5"])
     backbone = build_backbone(cfg)
     rates = [block.conv2.dilation[0] for block in backbone.res5]
     assert backbone.output_shape()["res5"].stride == 8 and rates == [4, 8]
@@ -231,10 +213,8 @@ def test_crop_is_applied_after_resizing_and_filled_up():
     cfg.merge_from_list(["INPUT.MIN_SIZE_TRAIN", (40, 80), "INPUT.CROP.SIZE", (48, 64)])
     steps = T.AugmentationList(mapper_options(cfg)["augmentations"])
     for _ in range(8):
-        given = T.AugInput(
-            torch.randint(1, 255, (50, 60, 3), dtype=torch.uint8).numpy(),
-            sem_seg=torch.ones(50, 60, dtype=torch.uint8).numpy(),
-        )
+        pixels = torch.randint(1, 255, (50, 60, 3), dtype=torch.uint8).numpy()
+        given = T.AugInput(pixels, sem_seg=torch.ones(50, 60, dtype=torch.uint8).numpy())
         steps(given)
         assert given.image.shape == (48, 64, 3) and given.sem_seg.shape == (48, 64)
         assert set(given.sem_seg.ravel()) <= {1, 255}

@@ -1,6 +1,5 @@
 """Label pictures, training and demo with masks, labels and panoptic segments."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -12,27 +11,19 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 from pycocotools import mask as mask_util
 
+from resnet_backbone.cli import demo, prepare_data
 from resnet_backbone.detection.inference.pictures import class_color, draw_output
 from resnet_backbone.detection.inference.predictor import describe_output
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "segmentation" / "coco"
-SMALL = [
-    *("MODEL.RESNETS.DEPTH", "18", "MODEL.BACKBONE.FREEZE_AT", "0", "MODEL.RESNETS.NORM", "BN"),
-    *("MODEL.WEIGHTS", "", "MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"),
-    *("MODEL.ROI_MASK_HEAD.CONV_DIM", "32", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "32"),
-    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "50", "MODEL.RPN.POST_NMS_TOPK_TEST", "20"),
-    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "SOLVER.IMS_PER_BATCH", "2"),
-    *("SOLVER.MAX_ITER", "2", "SEED", "1", "DATALOADER.NUM_WORKERS", "0"),
-    *("TEST.DETECTIONS_PER_IMAGE", "5", "MODEL.DEVICE", "cpu"),
-]
-
-
+SMALL = """MODEL.RESNETS.DEPTH 18 MODEL.BACKBONE.FREEZE_AT 0 MODEL.RESNETS.NORM BN
+MODEL.FPN.OUT_CHANNELS 32 MODEL.ROI_BOX_HEAD.FC_DIM 32 MODEL.ROI_MASK_HEAD.CONV_DIM 32
+MODEL.SEM_SEG_HEAD.CONVS_DIM 32 MODEL.RPN.POST_NMS_TOPK_TRAIN 50 MODEL.RPN.POST_NMS_TOPK_TEST 20
+INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 2 SEED 1
+DATALOADER.NUM_WORKERS 0 TEST.DETECTIONS_PER_IMAGE 5 MODEL.DEVICE cpu""".split()
+SMALL += ["MODEL.WEIGHTS", ""]
 STUFF = "RESNET_BACKBONE.STUFF_CLASS_NAMES"
-
-
-def tool(name):
-    return importlib.import_module(f"resnet_backbone.cli.{name}")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +32,7 @@ def scenes(tmp_path_factory, tiny_voc, tiny_coco) -> Path:
     root = tmp_path_factory.mktemp("scenes")
     (root / "images").symlink_to(tiny_voc / "JPEGImages")
     file = tiny_coco(root / "instances.json", range(4))
-    tool("prepare_data").main(["labels", "--coco-json", file, "--output", str(root / "labels")])
+    prepare_data.main(["labels", "--coco-json", file, "--output", str(root / "labels")])
     return root
 
 
@@ -66,7 +57,7 @@ def run(train_net, scenes, folder, config, kind, *overrides):
 def draw(scenes, folder, output):
     numbers = output.with_suffix(".json")
     words = ["--run", folder, "--input", scenes / "images" / "000001.jpg", "--output", output]
-    tool("demo").main([*map(str, words), "--json", str(numbers), "--confidence", "0"])
+    demo.main([*map(str, words), "--json", str(numbers), "--confidence", "0"])
     return json.loads(numbers.read_text())["images"][0]["detections"]
 
 
@@ -101,16 +92,12 @@ def test_semantic_from_labels_to_picture(train_net, scenes, tmp_path):
     assert results(folder / "eval") == results(folder)
 
 
+OTHERS = {"deeplab_v3plus_R_50_OS16.yaml": "semantic", "deeplab_v3_R_50_OS8.yaml": "semantic"}
+OTHERS |= {"pointrend_R_50_FPN.yaml": "instances", "mask_rcnn_R_50_C4.yaml": "instances"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "config, kind",
-    [
-        ("deeplab_v3plus_R_50_OS16.yaml", "semantic"),
-        ("deeplab_v3_R_50_OS8.yaml", "semantic"),
-        ("pointrend_R_50_FPN.yaml", "instances"),
-        ("mask_rcnn_R_50_C4.yaml", "instances"),
-    ],
-)
+@pytest.mark.parametrize("config, kind", OTHERS.items())
 def test_other_families_run(train_net, scenes, tmp_path, config, kind):
     overrides = ["MODEL.RESNETS.RES5_MULTI_GRID", "[1, 2]"] if "deeplab" in config else []
     overrides += ["MODEL.SEM_SEG_HEAD.ASPP_CHANNELS", "32"] if "deeplab" in config else []
@@ -130,9 +117,7 @@ def test_other_families_run(train_net, scenes, tmp_path, config, kind):
         ("semantic_R_50_FPN.yaml", "semantic", [STUFF, "['a', 'b', 'c']"], STUFF + " has ['a', 'b"),
     ],
 )
-def test_data_that_do_not_suit_the_model(
-    train_net, scenes, tmp_path, config, kind, overrides, words
-):
+def test_data_that_do_not_suit(train_net, scenes, tmp_path, config, kind, overrides, words):
     words_of_data = data(scenes, "instances" if kind in ("boxes", "rle") else kind)
     if kind in ("boxes", "rle"):
         content = json.loads((scenes / "instances.json").read_text())
@@ -160,7 +145,7 @@ def test_overrides_behind_the_image_folders(train_net, scenes, tmp_path):
 
 def test_label_tool_needs_one_input(capsys):
     with pytest.raises(SystemExit, match="2"):
-        tool("prepare_data").main(["labels", "--output", "x"])
+        prepare_data.main(["labels", "--output", "x"])
     assert "--coco-json --panoptic-json is required" in capsys.readouterr().err
 
 
@@ -228,7 +213,7 @@ def test_coco_images(train_net, data_root, tmp_path):
     for split in ("train", "val"):
         file = str(coco / "annotations" / f"instances_{split}2017.json")
         out = str(tmp_path / split)
-        tool("prepare_data").main(["labels", "--coco-json", file, "--output", out])
+        prepare_data.main(["labels", "--coco-json", file, "--output", out])
         words.append((file, str(coco / f"{split}2017"), f"{out}/panoptic.json", f"{out}/stuff"))
     options = ("--coco-json", "--image-root", "--panoptic-json", "--sem-seg")
     pairs = zip(*words, strict=True)
