@@ -1,4 +1,4 @@
-"""Smooth random images, which a JPEG keeps, as arrays and as files; annotations in VOC format."""
+"""Smooth random images, which a JPEG keeps, as arrays and as files; annotations of VOC and COCO."""
 
 import io
 
@@ -46,3 +46,22 @@ def voc_xml(image_name, size, objects) -> str:
         extra += "<pose>Left</pose><truncated>0</truncated>" if difficult else ""
         parts.append(f"<object><name>{name}</name>{extra}<bndbox>{corners}</bndbox></object>")
     return "".join([*parts, "</annotation>"])
+
+
+def coco_json(categories, images, boxes) -> dict:
+    """COCO's annotations, as its JSON files have them.
+
+    Args:
+        categories: name by id.
+        images: (file name, width, height) by id.
+        boxes: (image id, category id, (x, y, width, height)) or (..., further keys) each.
+    """
+    keys = "file_name", "width", "height"
+    return {
+        "categories": [{"id": number, "name": name} for number, name in categories.items()],
+        "images": [{"id": n, **dict(zip(keys, image, strict=True))} for n, image in images.items()],
+        "annotations": [
+            {"id": number, "image_id": image, "category_id": kind, "bbox": [*box], **dict(*more)}
+            for number, (image, kind, box, *more) in enumerate(boxes, 1)
+        ],
+    }

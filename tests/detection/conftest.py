@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawn_images import voc_xml
+from drawn_images import coco_json, voc_xml
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
@@ -129,30 +129,26 @@ CATEGORIES = {90: "bar", 7: "box"}  # not in order, and with gaps
 
 @pytest.fixture(scope="session")
 def tiny_coco(tiny_voc):
-    """Function (file, numbers of pictures, annotated) -> file of these in COCO's format.
+    """Function (file, numbers of pictures, annotated, only) -> file of these in COCO's format.
 
-    Ids of images are 100 + number.
+    Ids of images are 100 + number. ``only`` is the id of a category whose boxes alone are kept.
     """
     from resnet_backbone.detection.data import scan_voc
 
-    def write(path, numbers, annotated=True) -> str:
-        images, annotations = [], []
-        for split in SPLITS:
-            for record in scan_voc(tiny_voc, split, list(CATEGORIES.values()))[0]:
-                number = 100 + int(record["image_id"])
-                if number - 100 not in numbers:
-                    continue
-                name = f"{record['image_id']}.jpg"
-                images.append({"id": number, "file_name": name, "width": 96, "height": 64})
-                for one in record["annotations"]:
-                    x, y, right, bottom = one["bbox"]
-                    outline = [[x, y, right, y, right, bottom, x, bottom]]
-                    key, box = [*CATEGORIES][one["category_id"]], [x, y, right - x, bottom - y]
-                    same = {"id": 10 * number + len(annotations), "image_id": number, "iscrowd": 0}
-                    same |= {"category_id": key, "bbox": box, "area": box[2] * box[3]}
-                    annotations.append(same | {"segmentation": outline})
-        categories = [{"id": key, "name": name} for key, name in CATEGORIES.items()]
-        content = {"categories": categories, "images": images, "annotations": annotations}
+    def write(path, numbers, annotated=True, only=None) -> str:
+        images, boxes, names = {}, [], [*CATEGORIES.values()]
+        records = [one for split in SPLITS for one in scan_voc(tiny_voc, split, names)[0]]
+        for record in (one for one in records if int(one["image_id"]) in numbers):
+            number = 100 + int(record["image_id"])
+            images[number] = f"{record['image_id']}.jpg", 96, 64
+            for one in record["annotations"]:
+                x, y, right, bottom = one["bbox"]
+                key, box = [*CATEGORIES][one["category_id"]], (x, y, right - x, bottom - y)
+                more = {"iscrowd": 0, "area": box[2] * box[3]}
+                more["segmentation"] = [[x, y, right, y, right, bottom, x, bottom]]
+                if only in (None, key):
+                    boxes.append((number, key, box, more))
+        content = coco_json(CATEGORIES, images, boxes)
         if not annotated:
             content.pop("annotations")  # as in COCO's image_info files
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,10 +203,9 @@ def write(tmp_path):
 @pytest.fixture
 def tiny_training():
     """Overrides for a quick training of the quickstart's config that leaves weights as they are."""
-    keys = """INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 MODEL.FPN.OUT_CHANNELS 16
+    return """INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 MODEL.FPN.OUT_CHANNELS 16
     MODEL.ROI_BOX_HEAD.FC_DIM 16 SOLVER.AMP.ENABLED False SOLVER.IMS_PER_BATCH 2
-    SOLVER.BASE_LR 0.0 SOLVER.WEIGHT_DECAY 0.0"""
-    return keys.split()
+    SOLVER.BASE_LR 0.0 SOLVER.WEIGHT_DECAY 0.0""".split()
 
 
 @pytest.fixture

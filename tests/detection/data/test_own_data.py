@@ -5,10 +5,9 @@ import os
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 from detectron2.structures import BoxMode
-from drawn_images import voc_xml
+from drawn_images import coco_json, voc_xml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,7 +29,7 @@ NAMES = ["cat", "dog"]
 def images(folder: Path, names=BOXES) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        Image.fromarray(np.zeros((HEIGHT, WIDTH, 3), np.uint8)).save(folder / f"{name}.jpg")
+        Image.new("RGB", (WIDTH, HEIGHT)).save(folder / f"{name}.jpg")
     return folder
 
 
@@ -53,17 +52,12 @@ def write_yolo(folder: Path, names=BOXES) -> None:
 
 
 def write_coco(file: Path, names=BOXES, prefix="") -> None:
-    ids, annotations = {"dog": 7, "cat": 9}, []
+    ids, boxes = {"dog": 7, "cat": 9}, []
     for name in names:
-        for category, (x0, y0, x1, y1) in BOXES[name]:
-            one = {"id": len(annotations), "image_id": name, "category_id": ids[category]}
-            annotations.append({**one, "bbox": [x0, y0, x1 - x0, y1 - y0]})
-    sizes = {"width": WIDTH, "height": HEIGHT}
-    content = {
-        "categories": [{"id": number, "name": name} for name, number in ids.items()],
-        "images": [{"id": n, "file_name": f"{prefix}{n}.jpg", **sizes} for n in names],
-        "annotations": annotations,
-    }
+        for kind, (x0, y0, x1, y1) in BOXES[name]:
+            boxes.append((name, ids[kind], (x0, y0, x1 - x0, y1 - y0)))
+    sizes = {name: (f"{prefix}{name}.jpg", WIDTH, HEIGHT) for name in names}
+    content = coco_json({7: "dog", 9: "cat"}, sizes, boxes)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content))
 
@@ -130,14 +124,11 @@ def found(splits, names):
     }
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        *(voc_beside, voc_apart, coco_file, coco_of_a_folder_inside),
-        *(yolo_folders, yolo_of_one_split, yolo_beside),
-    ],
-    ids=lambda make: make.__name__,
-)
+MAKERS = [voc_beside, voc_apart, coco_file, coco_of_a_folder_inside]
+MAKERS += [yolo_folders, yolo_of_one_split, yolo_beside]
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 def test_every_format_gives_the_same_boxes(tmp_path, make):
     splits, names, report = read_own(*make(tmp_path))
     assert found(splits, names) == BOXES and list(splits) == [""]
@@ -193,7 +184,7 @@ def test_what_is_left_out_is_named(tmp_path):
 
 def two_of_one_name(root):
     folder, _ = voc_beside(root)
-    Image.fromarray(np.zeros((HEIGHT, WIDTH, 3), np.uint8)).save(folder / "a.png")
+    Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "a.png")
     return folder, folder
 
 
@@ -210,14 +201,11 @@ def name_in_latin_1(root):
     return folder, folder
 
 
-@pytest.mark.parametrize(
-    ("make", "problems"),
-    [
-        (two_of_one_name, {"duplicate-id": 1}),
-        (old_labels_beside, {"duplicate-id": 2}),
-        (name_in_latin_1, {"missing-xml": 1}),
-    ],
-)
+PROBLEMS = {two_of_one_name: {"duplicate-id": 1}, old_labels_beside: {"duplicate-id": 2}}
+PROBLEMS[name_in_latin_1] = {"missing-xml": 1}
+
+
+@pytest.mark.parametrize("make, problems", PROBLEMS.items())
 def test_nothing_is_used_twice(tmp_path, run, make, problems):
     folder, _ = make(tmp_path)
     splits, names, report = read_own(folder, folder)
@@ -247,9 +235,8 @@ def test_masks_keep_their_area_and_paths_may_be_absolute(tmp_path, run, monkeypa
     code, _, error = run("--images", "data", *words)
     assert code == 0, error
     files = [json.loads(Path("out", f"{name}.json").read_text()) for name in ("train", "val")]
-    assert {one["file_name"] for file in files for one in file["images"]} == {
-        f"{name}.jpg" for name in BOXES
-    }
+    names = {one["file_name"] for file in files for one in file["images"]}
+    assert names == {f"{name}.jpg" for name in BOXES}
     assert 17.5 in [one["area"] for file in files for one in file["annotations"]]
     code, _, error = run("--images", images(tmp_path / "other"), *words, "--overwrite")
     assert code == 2 and "is not below" in error and error.count("\n") == 1
@@ -367,7 +354,7 @@ def test_one_verdict_with_all_that_a_user_should_know(tmp_path, run):
 def test_sheets_of_wide_images_are_wide(tmp_path, run):
     folder, _ = voc_beside(tmp_path)
     for image in folder.glob("*.jpg"):
-        Image.fromarray(np.zeros((100, 1600, 3), np.uint8)).save(image)
+        Image.new("RGB", (1600, 100)).save(image)
     run("--images", folder, "--output", tmp_path / "out", "--val", "0.25")
     with Image.open(tmp_path / "out" / "out_train.jpg") as sheet:
         assert sheet.width > 1600

@@ -10,34 +10,28 @@ import numpy as np
 import pytest
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from drawn_images import coco_json
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from resnet_backbone.detection.data import scans
+from resnet_backbone.detection.data import panoptic, scans
 from resnet_backbone.detection.data.arguments import register_paths
-from resnet_backbone.detection.data.panoptic import (
-    IGNORE,
-    decode_ids,
-    encode_ids,
-    make_labels,
-    make_stuff,
-    paint_instances,
-)
+from resnet_backbone.detection.data.panoptic import IGNORE, decode_ids, encode_ids
 from resnet_backbone.detection.data.segmentation import register_panoptic, register_semantic
 from resnet_backbone.runtime.errors import DataError
 
 
-def annotation(number, category, x0, y0, x1, y1, crowd=0):
+def annotation(category, x0, y0, x1, y1, crowd=0):
+    """A box of the image with id 1, as ``coco_json`` takes it."""
     mask = [[x0, y0, x1, y0, x1, y1, x0, y1]]
     if crowd:
         pixels = np.zeros((6, 8), np.uint8)
         pixels[y0:y1, x0:x1] = 1
         changes = np.flatnonzero(np.diff(pixels.ravel(order="F"), prepend=0, append=2))
         mask = {"size": [6, 8], "counts": np.diff(changes, prepend=0).tolist()}
-    entry = {"id": number, "image_id": 1, "category_id": category, "iscrowd": crowd}
-    entry |= {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
-    return entry | {"segmentation": mask}
+    more = {"iscrowd": crowd, "area": (x1 - x0) * (y1 - y0), "segmentation": mask}
+    return 1, category, (x0, y0, x1 - x0, y1 - y0), more
 
 
 def edit(file, change):
@@ -48,7 +42,7 @@ def edit(file, change):
 
 
 def label(root):
-    return make_labels(str(root / "instances.json"), str(root / "labels"))
+    return panoptic.make_labels(str(root / "instances.json"), str(root / "labels"))
 
 
 @pytest.fixture
@@ -61,24 +55,14 @@ def labeled(scene):
 def scene(tmp_path):
     """One image 8 wide and 6 high: a large and a small cat that overlap, two crowds of dogs, the
     first partly below the large cat, and a second image without anything."""
-    annotations = [
-        annotation(1, 7, 3, 1, 5, 3),
-        annotation(2, 7, 0, 0, 4, 4),
-        annotation(3, 9, 2, 3, 8, 5, crowd=1),
-        annotation(4, 9, 7, 0, 8, 1, crowd=1),
-    ]
-    images = [
-        {"id": 1, "file_name": "a/one.jpg", "width": 8, "height": 6},
-        {"id": 2, "file_name": "two.jpg", "width": 5, "height": 4},
-    ]
-    categories = [{"id": 9, "name": "dog"}, {"id": 7, "name": "cat"}]
-    file = tmp_path / "instances.json"
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    file.write_text(json.dumps(content))
+    cats = [annotation(7, 3, 1, 5, 3), annotation(7, 0, 0, 4, 4)]
+    dogs = [annotation(9, 2, 3, 8, 5, crowd=1), annotation(9, 7, 0, 8, 1, crowd=1)]
+    images = {1: ("a/one.jpg", 8, 6), 2: ("two.jpg", 5, 4)}
+    content = coco_json({9: "dog", 7: "cat"}, images, [*cats, *dogs])
+    (tmp_path / "instances.json").write_text(json.dumps(content))
     (tmp_path / "images" / "a").mkdir(parents=True)
-    for image in images:
-        pixels = np.zeros((image["height"], image["width"], 3), np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "images" / image["file_name"])
+    for name, *size in images.values():
+        Image.new("RGB", size).save(tmp_path / "images" / name)
     return tmp_path
 
 
@@ -129,20 +113,20 @@ def test_panoptic_segments_of_overlaps_and_crowds(labeled):
 def test_what_is_wholly_hidden_has_no_segment():
     whole, part = np.ones((2, 2), bool), np.array([[1, 1], [0, 0]], bool)
     crowd = {"iscrowd": 1}
-    painted = paint_instances((2, 2), [{}, {}, crowd], [part, whole, whole])
+    painted = panoptic.paint_instances((2, 2), [{}, {}, crowd], [part, whole, whole])
     assert painted.tolist() == [[1, 1], [2, 2]]
-    assert paint_instances((2, 2), [{}, {}], [whole, whole]).tolist() == [[2, 2], [2, 2]]
+    assert panoptic.paint_instances((2, 2), [{}, {}], [whole, whole]).tolist() == [[2, 2], [2, 2]]
 
 
 def test_stuff_labels_of_a_panoptic_file(labeled):
     """From our own panoptic file they are what is made from the instances directly."""
     labels, again = labeled / "labels", labeled / "again"
-    assert make_stuff(str(labels / "panoptic.json"), str(again)) == 2
+    assert panoptic.make_stuff(str(labels / "panoptic.json"), str(again)) == 2
     for name in ("a/one.png", "two.png"):
         assert np.array_equal(read(again / name), read(labels / "stuff" / name))
     void = decode_ids(read(labels / "panoptic/two.png")) * 0
     Image.fromarray(encode_ids(void)).save(labels / "panoptic/two.png")
-    make_stuff(str(labels / "panoptic.json"), str(again))
+    panoptic.make_stuff(str(labels / "panoptic.json"), str(again))
     assert (read(again / "two.png") == IGNORE).all()
 
 
@@ -152,6 +136,7 @@ def test_ids_survive_the_picture(numbers):
     assert np.array_equal(decode_ids(encode_ids(ids)), ids)
 
 
+NO_CATEGORY = r"annotations\[0\] \(a/one.png\): a segment is of category 99, which is not in"
 MANY = [{"id": i, "name": str(i), "isthing": 0} for i in range(100, 360)]
 BELOW = "is not below the image folder"
 
@@ -185,10 +170,8 @@ def test_broken_run_lengths_are_named(scene):
 
 def test_polygons_without_an_area_are_left_out(scene):
     """Detectron2's loader trains without them, too."""
-    edit(
-        scene / "instances.json",
-        lambda content: content["annotations"][0]["segmentation"].insert(0, [1, 2, 3, 4]),
-    )
+    line = [1, 2, 3, 4]
+    edit(scene / "instances.json", lambda c: c["annotations"][0]["segmentation"].insert(0, line))
     label(scene)
     assert read(scene / "labels/semantic/a/one.png").tolist() == SEMANTIC
 
@@ -196,49 +179,44 @@ def test_polygons_without_an_area_are_left_out(scene):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda c: c.pop("annotations"), "no list of annotations"),
-        (lambda c: c["annotations"][0].pop("file_name"), r"annotations\[0\] has no file_name"),
-        (lambda c: c["categories"][0].pop("id"), r"categories\[0\] has no id"),
-        (lambda c: c["annotations"][0].update(file_name="../one.png"), "'../one.png' is not below"),
-        (
-            lambda c: c["annotations"][0].update(segments_info=3),
-            "a/one.png.: it has no list of segments_info",
-        ),
-        (
-            lambda c: c["annotations"][0]["segments_info"][0].update(category_id=99),
-            r"annotations\[0\] \(a/one.png\): a segment is of category 99, which is not in",
-        ),
-        (lambda c: c["categories"].extend(MANY), "261 classes of stuff do not fit"),
+        (lambda c, one: c.pop("annotations"), "no list of annotations"),
+        (lambda c, one: one.pop("file_name"), r"annotations\[0\] has no file_name"),
+        (lambda c, one: c["categories"][0].pop("id"), r"categories\[0\] has no id"),
+        (lambda c, one: one.update(file_name="../one.png"), "'../one.png' is not below"),
+        (lambda c, one: one.update(segments_info=3), "a/one.png.: it has no list of segments_info"),
+        (lambda c, one: one["segments_info"][0].update(category_id=99), NO_CATEGORY),
+        (lambda c, one: c["categories"].extend(MANY), "261 classes of stuff do not fit"),
     ],
 )
 def test_panoptic_files_that_give_no_labels(labeled, change, words):
+    """Changed is the content, or its first annotation."""
     file = labeled / "labels/panoptic.json"
-    edit(file, change)
+    edit(file, lambda content: change(content, content["annotations"][0]))
     with pytest.raises(DataError, match=words):
-        make_stuff(str(file), str(labeled / "again/stuff"))
+        panoptic.make_stuff(str(file), str(labeled / "again/stuff"))
     assert not (labeled / "again").exists()
 
 
-def semantic(root, name="seg", images="images", labels="labels/semantic", **options):
+def semantic_set(root, name="seg", images="images", labels="labels/semantic", **options):
     register_semantic(name, str(root / images), str(root / labels), **options)
     return DatasetCatalog.get(name)
 
 
-def panoptic(root, name="pan", **options):
+def panoptic_set(root, name="pan", **options):
     parts = "instances.json", "images", "labels/stuff", "labels/panoptic.json"
     register_panoptic(name, *(str(root / part) for part in parts), **options)
     return DatasetCatalog.get(name)
 
 
 def test_semantic_data_set(labeled):
-    records = semantic(labeled, on_bad="refuse")
+    records = semantic_set(labeled, on_bad="refuse")
     assert [(r["height"], r["width"]) for r in records] == [(6, 8), (4, 5)]
     assert records[0]["sem_seg_file_name"].endswith("semantic/a/one.png")
     assert MetadataCatalog.get("seg").stuff_classes == ["background", "cat", "dog"]
 
 
 def test_panoptic_data_set(labeled):
-    records = panoptic(labeled, on_bad="refuse")
+    records = panoptic_set(labeled, on_bad="refuse")
     assert [len(r["annotations"]) for r in records] == [4, 0]
     assert records[0]["image_id"] == 1 and records[0]["sem_seg_file_name"].endswith("a/one.png")
     meta = MetadataCatalog.get("pan")
@@ -246,10 +224,10 @@ def test_panoptic_data_set(labeled):
     assert meta.stuff_dataset_id_to_contiguous_id == {0: 0, 10: 1}
     edit(labeled / "labels/panoptic.json", lambda c: c["categories"][0].update(isthing=0))
     with pytest.raises(DataError, match="they need the same things"):
-        panoptic(labeled, "pan2")
+        panoptic_set(labeled, "pan2")
 
 
-@pytest.mark.parametrize("register, part", [(semantic, "semantic"), (panoptic, "panoptic")])
+@pytest.mark.parametrize("register, part", [(semantic_set, "semantic"), (panoptic_set, "panoptic")])
 def test_a_kept_scan_is_used_until_a_label_changes(labeled, register, part, monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(scans, "KEPT_FROM", 0)
@@ -264,34 +242,31 @@ def test_a_kept_scan_is_used_until_a_label_changes(labeled, register, part, monk
     assert caplog.text.count("is kept in") == 3
 
 
+OTHER_SIZE = "panoptic image .*two.png: the annotation states 5x4, but the image is 8x6"
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda c, root: c["annotations"].pop(1), "image id 2 is not in annotations of"),
-        (
-            lambda c, root: (root / "panoptic/two.png").unlink(),
-            "panoptic image .*two.png: no such file",
-        ),
-        (
-            lambda c, root: Image.new("RGB", (8, 6)).save(root / "panoptic/two.png"),
-            "panoptic image .*two.png: the annotation states 5x4, but the image is 8x6",
-        ),
+        (lambda c, picture: c["annotations"].pop(1), "image id 2 is not in annotations of"),
+        (lambda c, picture: picture.unlink(), "panoptic image .*two.png: no such file"),
+        (lambda c, picture: Image.new("RGB", (8, 6)).save(picture), OTHER_SIZE),
     ],
 )
 def test_images_without_panoptic_segments(labeled, caplog, change, words):
     """They would end the evaluation, after all the training."""
-    edit(labeled / "labels/panoptic.json", lambda c: change(c, labeled / "labels"))
-    assert [record["image_id"] for record in panoptic(labeled)] == [1]
+    edit(labeled / "labels/panoptic.json", lambda c: change(c, labeled / "labels/panoptic/two.png"))
+    assert [record["image_id"] for record in panoptic_set(labeled)] == [1]
     assert re.search(f"left out: missing-panoptic: .*two.jpg: {words}", caplog.text)
     with pytest.raises(DataError, match=words):
-        panoptic(labeled, "strict", on_bad="refuse")
+        panoptic_set(labeled, "strict", on_bad="refuse")
 
 
 def test_no_image_with_panoptic_segments(labeled):
     """Such as the JSON of another split."""
     edit(labeled / "labels/panoptic.json", lambda c: c["annotations"].clear())
     with pytest.raises(DataError, match="no usable image with its"):
-        panoptic(labeled)
+        panoptic_set(labeled)
 
 
 def in_palette(pixels):
@@ -310,7 +285,7 @@ def test_pictures_that_are_no_labels_are_refused(labeled, picture, words):
     path = labeled / "labels/semantic/two.png"
     picture(read(path)).save(path)
     with pytest.raises(DataError, match=words):
-        semantic(labeled)
+        semantic_set(labeled)
 
 
 def to_5x5(label):
@@ -318,25 +293,20 @@ def to_5x5(label):
         Image.fromarray(np.zeros((5, 5), np.uint8)).save(path)
 
 
+STATED = "two.jpg: the annotation states 5x5, but the image is 5x4"
+ABSENT = "missing-label: .*two.jpg: no label image two.png"
+
+
 @pytest.mark.parametrize(
     "change, words",
-    [
-        (
-            to_5x5,
-            [
-                "two.jpg: the annotation states 5x5, but the image is 5x4",
-                "missing-image: .*three.png",
-            ],
-        ),
-        (Path.unlink, ["missing-label: .*two.jpg: no label image two.png"]),
-    ],
+    [(to_5x5, [STATED, "missing-image: .*three.png"]), (Path.unlink, [ABSENT])],
 )
 def test_bad_pairs_are_left_out_or_refused(labeled, caplog, change, words):
     change(labeled / "labels/semantic/two.png")
-    assert names(semantic(labeled)) == PAIRS[:1]
+    assert names(semantic_set(labeled)) == PAIRS[:1]
     assert all(re.search(f"left out: .*{text}", caplog.text) for text in words)
     with pytest.raises(DataError, match=f"{len(words)} problems"):
-        semantic(labeled, "strict", on_bad="refuse")
+        semantic_set(labeled, "strict", on_bad="refuse")
 
 
 def names(records):
@@ -352,7 +322,7 @@ def test_images_and_labels_in_one_folder(labeled):
     labels = labeled / "labels/semantic"
     shutil.copytree(labeled / "images", labels, dirs_exist_ok=True)
     one = dict(images="labels/semantic", labels="labels/semantic")
-    assert names(semantic(labeled, **one, on_bad="refuse")) == PAIRS
+    assert names(semantic_set(labeled, **one, on_bad="refuse")) == PAIRS
 
 
 @pytest.mark.parametrize("images, labels", [("x", "x/labels"), ("x/images", "x")])
@@ -362,16 +332,15 @@ def test_one_folder_inside_the_other(labeled, images, labels):
     (labeled / "images/two.jpg").unlink()
     for source, name in ("images", images), ("labels/semantic", labels):
         shutil.copytree(labeled / source, labeled / name, dirs_exist_ok=True)
-    records = semantic(labeled, images=images, labels=labels, on_bad="refuse")
+    records = semantic_set(labeled, images=images, labels=labels, on_bad="refuse")
     assert names(records) == [PAIRS[0], ("two.png", "two.png")]
 
 
 def test_two_images_of_one_label_are_refused(labeled):
     shutil.copy(labeled / "images/two.jpg", labeled / "images/two.jpeg")
-    with pytest.raises(
-        DataError, match="two.jpeg and .*two.jpg would have the same label image, two"
-    ):
-        semantic(labeled)
+    both = "two.jpeg and .*two.jpg would have the same label image, two"
+    with pytest.raises(DataError, match=both):
+        semantic_set(labeled)
 
 
 def test_one_image_folder_for_both_splits(labeled):
@@ -392,4 +361,4 @@ def test_one_image_folder_for_both_splits(labeled):
 def test_labels_without_names_are_refused(labeled):
     (labeled / "labels/semantic/classes.txt").unlink()
     with pytest.raises(DataError, match="classes.txt does not exist: write the classes"):
-        semantic(labeled)
+        semantic_set(labeled)

@@ -12,6 +12,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO, _get_builtin_metadata
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
+from drawn_images import coco_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as rle
@@ -43,25 +44,17 @@ def small_sets(draw):
     image = st.integers(1, images)
     truth = draw(st.lists(st.tuples(image, category, box, st.booleans()), max_size=8))
     found = draw(st.lists(st.tuples(image, category, box, score), max_size=16))
-    return dataset(images, truth), [
-        dict(image_id=i, category_id=c, bbox=b, score=s, segmentation=box_mask(b))
-        for i, c, b, s in found
-    ]
+    rows = [dict(image_id=i, category_id=c, bbox=b, score=s) for i, c, b, s in found]
+    return dataset(images, truth), [one | {"segmentation": box_mask(one["bbox"])} for one in rows]
 
 
 def dataset(images, truth):
-    return {
-        "images": [
-            {"id": i, "width": SIDE, "height": SIDE, "file_name": f"{i}.jpg"}
-            for i in range(1, images + 1)
-        ],
-        "categories": [{"id": key, "name": name} for key, name in NAMES.items()],
-        "annotations": [
-            {"id": number, "image_id": i, "category_id": c, "bbox": b, "area": b[2] * b[3]}
-            | {"iscrowd": int(crowd), "segmentation": box_mask(b)}
-            for number, (i, c, b, crowd) in enumerate(truth, 1)
-        ],
-    }
+    sizes = {number: (f"{number}.jpg", SIDE, SIDE) for number in range(1, images + 1)}
+    boxes = []
+    for image, kind, box, crowd in truth:
+        more = {"area": box[2] * box[3], "iscrowd": int(crowd), "segmentation": box_mask(box)}
+        boxes.append((image, kind, box, more))
+    return coco_json(NAMES, sizes, boxes)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -252,9 +245,7 @@ def test_a_list_of_images_passes_the_check(files):
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_it_is_evaluated_on_for_the_server_and_not_trained_on(
-    files, train_net, tiny_training, tmp_path, order
-):
+def test_it_is_evaluated_on_and_not_trained_on(files, train_net, tiny_training, tmp_path, order):
     *jsons, images = files
     run = tmp_path / "run"
     keys = ["--image-root", images, "--output-dir", run, "--weights", "", *tiny_training]
@@ -291,15 +282,14 @@ def registered(tiny_voc, tiny_coco, tmp_path, monkeypatch):
         register_coco_instances(name, _get_builtin_metadata("coco"), file, folder)
 
 
-def test_the_papers_trainval_protocol(registered, train_net, small, tmp_path):
+def test_the_papers_trainval_protocol(registered, train_net, tiny_training, tmp_path):
     """Trains on the union of train and val, and writes test-dev's detections."""
-    small = {key.replace("__", "."): value for key, value in small.items()}
     keys = """MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.NORM BN MODEL.BACKBONE.FREEZE_AT 0
-    SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 1 INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64
-    MODEL.RPN.PRE_NMS_TOPK_TRAIN 50 MODEL.RPN.PRE_NMS_TOPK_TEST 50 MODEL.RPN.POST_NMS_TOPK_TEST 5
-    MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 4 MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0"""
-    pairs = ["MODEL.WEIGHTS", "", *keys.split(), *(word for pair in small.items() for word in pair)]
-    train_net("paper/coco_trainval_R_50.yaml", "--output-dir", "run", *pairs)
+    SOLVER.MAX_ITER 1 MODEL.RPN.PRE_NMS_TOPK_TRAIN 50 MODEL.RPN.PRE_NMS_TOPK_TEST 50
+    MODEL.RPN.POST_NMS_TOPK_TEST 5 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 4
+    MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0""".split()
+    words = ["--output-dir", "run", "MODEL.WEIGHTS", "", *tiny_training, *keys]
+    train_net("paper/coco_trainval_R_50.yaml", *words)
     images = [image["file_name"] for name in DATASETS[:2] for image in DatasetCatalog.get(name)]
     assert len(images) == 6
     rows = json.loads((tmp_path / f"run/inference/{DATASETS[2]}/{coco.RESULT_FILE}").read_text())
