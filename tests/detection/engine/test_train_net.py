@@ -7,9 +7,16 @@ import shutil
 import pytest
 import torch
 import yaml
+from detectron2.data import DatasetMapper, build_detection_train_loader
+from detectron2.engine import HookBase
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils.events import CommonMetricPrinter, JSONWriter
 from runs import KEYS, arguments, read_results, rows, start
 
+from resnet_backbone.detection.data import register_voc
+from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.detection.evaluation import voc
+from resnet_backbone.models.resnet import Stem
 
 CONFIG = "quickstart/faster_rcnn_R_18_FPN.yaml"
 SMALL = dict(SOLVER__IMS_PER_BATCH=2, SOLVER__MAX_ITER=3, SOLVER__CHECKPOINT_PERIOD=2)
@@ -102,21 +109,13 @@ def test_results_that_are_not_as_expected(trained, train_net, tiny_voc, tmp_path
     train_net(CONFIG, *command(tiny_voc, tmp_path, "--seed-run", "4", **keys))
 
 
-@pytest.mark.parametrize(
-    "has_run, words",
-    [
-        (True, "give --voc-root, or --coco-json"),
-        (False, "is not a run folder: it has no config.yaml"),
-    ],
-)
-def test_eval_only_that_lacks_something(trained, train_net, tmp_path, has_run, words, monkeypatch):
-    folder = trained[0] if has_run else tmp_path
-    lines = train_net(None, "--eval-only", "--output-dir", folder, code=2)
-    assert words in lines[-1]
-    if has_run:  # from within
-        monkeypatch.chdir(folder)
-        lines = train_net(None, "--eval-only", "--weights", "model_final.pth", code=2)
-        assert words in lines[-1]
+def test_eval_only_that_lacks_a_run_or_data(trained, train_net, tmp_path, monkeypatch):
+    lines = train_net(None, "--eval-only", "--output-dir", tmp_path, code=2)
+    assert "is not a run folder: it has no config.yaml" in lines[-1]
+    monkeypatch.chdir(trained[0])
+    for words in (["--output-dir", trained[0]], ["--weights", "model_final.pth"]):
+        lines = train_net(None, "--eval-only", *words, code=2)
+        assert "give --voc-root, or --coco-json" in lines[-1]
 
 
 @pytest.mark.parametrize("config", [None, "voc/faster_rcnn_R_50_C4.yaml"])
@@ -140,13 +139,6 @@ def test_a_config_is_needed(train_net, tmp_path):
 
 def test_a_subclass_as_detectron2_teaches(make_cfg, tiny_voc, tmp_path):
     """Its own loader, hook before the last one, evaluator and writers; the batch by processes."""
-    from detectron2.data import DatasetMapper, build_detection_train_loader
-    from detectron2.engine import HookBase
-    from detectron2.evaluation import DatasetEvaluator
-    from detectron2.utils.events import CommonMetricPrinter, JSONWriter
-
-    from resnet_backbone.detection.data import register_voc
-    from resnet_backbone.detection.engine.trainer import Trainer
 
     class LossHook(HookBase):
         def after_step(self):
@@ -194,8 +186,6 @@ def test_mixed_precision_on_cpu(train_net, tiny_voc, tmp_path, monkeypatch):
 
     Class names in an order of one's own are those of the run.
     """
-    from resnet_backbone.models.resnet import Stem
-
     seen, forward = set(), Stem.forward
 
     def spy(self, x):

@@ -48,8 +48,7 @@ class Eye:
         levels = self.levels[mirrored]
         on_level = []
         for (height, width), _, maps in levels:
-            sx, sy = width / self.size[1], height / self.size[0]
-            scaled = [box[0] * sx, box[1] * sy, box[2] * sx, box[3] * sy]
+            scaled = change(box, self.size, (height, width))
             area = (scaled[2] - scaled[0]) * (scaled[3] - scaled[1])
             on_level.append((abs(area - AREA), maps, scaled))
         best = min(range(len(levels)), key=lambda i: on_level[i][0])

@@ -105,21 +105,15 @@ def check_by_hand(detectors, switches):
         compare(improved([entry])[0]["instances"], wanted, entry, size)
 
 
-ONE_BY_ONE = [
-    Switches(),
-    Switches(refinement=True),
-    Switches(scales=(40, 64, 88, 120)),
-    Switches(scales=(48, 80)),  # the proposals' scale is not among them
-    Switches(scales=(96,)),
-    Switches(flip=True),
-    Switches(nms="linear"),
-    Switches(nms="gaussian"),
-    Switches(refinement=True, nms="gaussian"),
-    Switches(refinement=True, scales=(48, 64, 96), flip=True),
-]
+SWITCHES = [Switches(), Switches(refinement=True), Switches(flip=True)]
+SWITCHES += [Switches(scales=(40, 64, 88, 120)), Switches(scales=(96,))]
+SWITCHES += [Switches(scales=(48, 80))]  # the proposals' scale is not among them
+SWITCHES += [Switches(nms="linear"), Switches(nms="gaussian")]
+SWITCHES += [Switches(refinement=True, nms="gaussian")]
+SWITCHES += [Switches(refinement=True, scales=(48, 64, 96), flip=True)]
 
 
-@pytest.mark.parametrize("switches", ONE_BY_ONE, ids=str)
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
 def test_each_switch_by_hand(detector, switches):
     check_by_hand([detector("FPN")], switches)
 
