@@ -247,7 +247,7 @@ class LocalizationErrors(NamedTuple):
 
     method: str
     testing: str  # "center crop", or "dense" for the whole image at several scales
-    network: str  # also the classifier's
+    network: str  # also the classifier's; "ensemble" of several, of both
     true_class: float | None  # with the true class given
     top5: float | None  # with the classifier's five best classes
 

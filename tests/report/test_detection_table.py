@@ -255,11 +255,13 @@ def test_localization_beside_table_13(make_detector, cells, tool, refused, tmp_p
         ("crop", "ClassProposalNetwork", {"CENTER_CROP": 224, "SCALES": [224]}, (30.0,)),
         ("rpn", "ClassProposalNetwork", {"CENTER_CROP": 0, "SCALES": [224]}, (20.0, 50.5, 40.25)),
         ("rcnn", "LocalizationRCNN", {"CENTER_CROP": 0, "SCALES": [224]}, (19.0, 49.0, 39.0)),
+        ("joined", "LocalizationRCNN", {"CENTER_CROP": 0, "SCALES": [224]}, (18.0, 48.0, 38.0)),
         ("whole", "LocalizationRCNN", {"CENTER_CROP": 0, "SCALES": []}, (21.0,)),
     ):
         names = ("true_class_error", "top1_error", "top5_error")
         results = {"localization": dict(zip(names, errors, strict=False))}
         config = {"MODEL.META_ARCHITECTURE": kind, "RESNET_BACKBONE.LOCALIZATION": keys}
+        config |= {"RESNET_BACKBONE.TEST": {"ENSEMBLE": ["run"] * (name == "joined")}}
         run = make_detector(name, 1, config=config, results={"results": results})
         counted = json.dumps({"images": images})
         (run / "inference" / "test:test" / "loc_results.json").write_text(counted)
@@ -276,7 +278,7 @@ def test_localization_beside_table_13(make_detector, cells, tool, refused, tmp_p
         ["ResNet-50", "30.00", "-", "-"],
         ["ResNet-50", "20.00", "50.50", "40.25"],
         ["ResNet-50", "19.00", "49.00", "39.00"],
-        ["not measured", "-", "-", "-"],
+        ["ResNet-50 and 1 more", "18.00", "48.00", "38.00"],
         ["ResNet-50", "21.00", "-", "-"],
     ]
     assert rows[5][:2] == ["RPN + R-CNN", "whole image"]

@@ -67,11 +67,12 @@ def read_switches(cfg: CfgNode) -> Switches:
             f"TEST.AUG.ENABLED (Detectron2's union of detections) excludes {KEY}.* (the paper's "
             "improvements): turn one of them off"
         )
-    has_regions = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
-    if (is_improved or cfg.TEST.AUG.ENABLED) and not has_regions:
+    kind = cfg.MODEL.META_ARCHITECTURE
+    is_joined = kind == "LocalizationRCNN" and runs and switches == Switches(ensemble=runs)
+    if (is_improved or cfg.TEST.AUG.ENABLED) and kind != "GeneralizedRCNN" and not is_joined:
         raise UsageError(
-            f"{KEY}.* and TEST.AUG need GeneralizedRCNN, but "
-            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: turn them off"
+            f"{KEY}.* and TEST.AUG need GeneralizedRCNN (ENSEMBLE: or LocalizationRCNN), but "
+            f"MODEL.META_ARCHITECTURE is {kind}: turn them off"
         )
     return switches
 

@@ -41,6 +41,7 @@ from resnet_backbone.detection.inference.detector import (
 from resnet_backbone.detection.inference.member import Member
 from resnet_backbone.detection.inference.pictures import read_bgr
 from resnet_backbone.detection.modeling import build_detector
+from resnet_backbone.detection.modeling.localization import LocalizationRCNN
 from resnet_backbone.fast import optimize_for_inference
 from resnet_backbone.fast.engines import CALIBRATION, InferenceNetwork
 from resnet_backbone.runtime.images import find_pictures, spread
@@ -233,7 +234,12 @@ def improve(cfg: CfgNode, model: nn.Module) -> nn.Module:
         return GeneralizedRCNNWithTTA(cfg, bare).train(model.training)
     if switches == Switches():
         return model
-    detectors = [(cfg, bare), *(load_run(run, cfg) for run in switches.ensemble)]
+    others = [load_run(run, cfg) for run in switches.ensemble]
+    if isinstance(bare, LocalizationRCNN):
+        joined = copy.copy(bare)  # shares its weights
+        joined.others = tuple(other for _, other in others)
+        return joined
+    detectors = [(cfg, bare), *others]
     members = [Member(*one, switches.scales, switches.flip) for one in detectors]
     return ImprovedDetector(members, switches).train(model.training)
 
@@ -279,8 +285,14 @@ def check_member(cfg: CfgNode, other: CfgNode, run: str) -> None:
             f"{run} has {counts[1]} classes {names[1]}, but this detector has {counts[0]} "
             f"{names[0]}: they need the same classes in the same order"
         )
-    if other.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
-        raise UsageError(f"{run} is a {other.MODEL.META_ARCHITECTURE}, not GeneralizedRCNN")
+    kind, kind_of_other = (config.MODEL.META_ARCHITECTURE for config in (cfg, other))
+    if kind_of_other != kind:
+        raise UsageError(f"{run} is a {kind_of_other}, not a {kind} as this detector")
+    if kind == "LocalizationRCNN" and other.INPUT.FORMAT != cfg.INPUT.FORMAT:
+        raise UsageError(
+            f"{run} has INPUT.FORMAT {other.INPUT.FORMAT}, but this network has "
+            f"{cfg.INPUT.FORMAT}: networks of one ensemble see the same image"
+        )
     check_scales(other, list(cfg.RESNET_BACKBONE.TEST.SCALES))
     check_format(cfg)
     check_format(other, f"{run}: ")

@@ -101,11 +101,9 @@ class _Localizer(nn.Module):
         return outputs
 
     def sample(self, boxes: Tensor, objects: Instances) -> tuple[Tensor, ...]:
-        """Samples the boxes (R, 4) of an image to train on.
+        """Samples boxes (R, 4) of an image: rows (S,), boxes, target boxes (S, 4), classes (S,).
 
-        Returns:
-            Rows (S,), boxes (S, 4), target boxes (S, 4) and classes (S,), with C for the
-            background. In a crop without objects all boxes are background.
+        The class of the background is C. In a crop without objects all boxes are background.
         """
         goals, classes = objects.gt_boxes.tensor, objects.gt_classes
         matches, labels = self.matcher(pairwise_iou(objects.gt_boxes, Boxes(boxes)))
@@ -121,9 +119,7 @@ class _Localizer(nn.Module):
     ) -> dict[str, Tensor]:
         """Returns binary cross-entropy of all classes and smooth L1 of the true class's box.
 
-        Args:
-            logits, deltas: (S, C) and (S, C, 4), of the sampled boxes.
-            boxes, goals, classes: as returned by :meth:`sample`.
+        Logits (S, C) and deltas (S, C, 4) are of sampled boxes, the rest is from :meth:`sample`.
         """
         positive = classes < self.num_classes
         wanted = F.one_hot(classes, self.num_classes + 1)[:, :-1].to(logits)
@@ -257,7 +253,8 @@ class LocalizationRCNN(_Localizer):
     The proposals come from a trained and frozen :class:`ClassProposalNetwork`, which is part of the
     weights; the trainer reads it from ``RESNET_BACKBONE.LOCALIZATION.PROPOSALS`` when training
     starts. Training samples the true class's best ``MODEL.RPN.POST_NMS_TOPK_TRAIN`` proposals and
-    the objects. Testing scores and regresses the best 200 of each class (paper).
+    the objects. Testing scores and regresses the best 200 of each class (paper). In an ensemble,
+    each network proposes 200, and scores and boxes are means over the networks.
     """
 
     @configurable
@@ -274,7 +271,7 @@ class LocalizationRCNN(_Localizer):
         super().__init__(**options)  # the backbone first: MODEL.WEIGHTS go into the first network
         self.proposer = proposer.requires_grad_(False)
         self.topk, self.nms_threshold, self.region_size = topk, nms_threshold, region_size
-        self.guesses = guesses
+        self.guesses, self.others = guesses, ()  # the further networks of an ensemble
         width = self.backbone.output_shape()[self.feature].channels
         self.cls = nn.Linear(width, self.num_classes)
         self.reg = nn.Linear(width, self.num_classes * 4)
@@ -296,7 +293,7 @@ class LocalizationRCNN(_Localizer):
 
     def predict_sampled(self, inputs: list[dict]) -> tuple[Tensor, ...]:
         """Returns the arguments of :meth:`losses`."""
-        crops, regions, goals, classes = [], [], [], []
+        samples = []
         for image in inputs:
             objects = image["instances"].to(self.device)
             if not len(objects):
@@ -304,10 +301,9 @@ class LocalizationRCNN(_Localizer):
             (boxes,) = self.propose(image["image"], objects.gt_classes[:1], self.topk[0])
             boxes = torch.cat([boxes, objects.gt_boxes.tensor])
             _, *sampled = self.sample(boxes, objects)
-            for found, one in zip((regions, goals, classes), sampled, strict=True):
-                found.append(one)
-            crops.append(self.warp(image["image"], sampled[0]))
-        return *self.predict(torch.cat(crops)), *map(torch.cat, (regions, goals, classes))
+            samples.append((self.warp(image["image"], sampled[0]), *sampled))
+        crops, *targets = map(torch.cat, zip(*samples, strict=True))
+        return *self.predict(crops), *targets
 
     @torch.no_grad()
     def propose(self, image: Tensor, classes: Tensor, count: int) -> list[Tensor]:
@@ -336,13 +332,19 @@ class LocalizationRCNN(_Localizer):
         guessed = self.guesses.get(Path(image.get("file_name", "")).stem, ())
         wanted = dict.fromkeys([*image.get("image_classes", ()), *guessed])
         classes = torch.tensor(list(wanted or range(self.num_classes)), device=self.device)
-        proposals = self.propose(image["image"], classes, self.topk[1])
-        found, scores = [], []
-        for number, boxes in zip(classes, proposals, strict=True):
-            crops = (self.warp(image["image"], part) for part in boxes.split(CHUNK))
-            logits, deltas = map(torch.cat, zip(*map(self.predict, crops), strict=True))
-            best = logits[:, number].argmax()
-            scores.append(logits[best, number].sigmoid())
-            move = deltas[best, number][None], boxes[best][None]
-            found.append(self.transform.apply_deltas(*move))
-        return torch.cat(found), torch.stack(scores), classes
+        members = (self, *self.others)
+        proposed = [one.propose(image["image"], classes, self.topk[1]) for one in members]
+        found = []
+        for number, *boxes in zip(classes, *proposed, strict=True):
+            regions = torch.cat(boxes)
+            predicted = (one.predict_class(image["image"], regions, number) for one in members)
+            score, moved = (torch.stack(part).mean(0) for part in zip(*predicted, strict=True))
+            best = score.argmax()
+            found.append((moved[best], score[best]))
+        return *map(torch.stack, zip(*found, strict=True)), classes
+
+    def predict_class(self, image: Tensor, boxes: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns scores (R,), 0..1, and boxes (R, 4) of one class for regions (R, 4)."""
+        crops = (self.warp(image, part) for part in boxes.split(CHUNK))
+        logits, deltas = map(torch.cat, zip(*map(self.predict, crops), strict=True))
+        return logits[:, number].sigmoid(), self.transform.apply_deltas(deltas[:, number], boxes)

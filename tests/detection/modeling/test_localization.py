@@ -1,5 +1,6 @@
 """The per-class proposal network and R-CNN of ImageNet localization."""
 
+import copy
 import itertools
 import json
 import shutil
@@ -133,6 +134,30 @@ def test_rcnn_learns_regions_of_the_proposals():
     assert output["instances"].pred_classes.tolist() == [3, 4]
 
 
+def test_an_ensemble_scores_the_proposals_of_all_its_networks():
+    """Each network is scored by hand on the union; the best mean score has the mean box."""
+    networks, number = [make("rcnn").eval(), make("rcnn").eval()], 3
+    for seed, network in enumerate(networks):
+        torch.manual_seed(seed)
+        network.topk = (5, 5)
+        for layer in (network.cls, network.reg, network.proposer.cls):
+            torch.nn.init.normal_(layer.weight, std=0.01)
+    joined = copy.copy(networks[0])
+    joined.others = tuple(networks[1:])
+    pixels = image(224, 224, BOX)["image"]
+    with torch.no_grad():
+        found, score, _ = joined.detect({"image": pixels, "image_classes": [number]})
+        proposed = [one.propose(pixels, torch.tensor([number]), 5)[0] for one in networks]
+        regions, scores, boxes = torch.cat(proposed), 0, 0
+        for one in networks:
+            logits, deltas = one.predict(one.warp(pixels, regions))
+            scores = scores + logits[:, number].sigmoid() / 2
+            boxes = boxes + one.transform.apply_deltas(deltas[:, number], regions) / 2
+    assert len(regions) == 10 and not torch.equal(*proposed)
+    assert torch.allclose(score, scores.max()) and score < 1
+    assert torch.allclose(found, boxes[scores.argmax()][None], atol=1e-3)
+
+
 def test_scales_are_for_testing():
     model, seen = make("rcnn", "RESNET_BACKBONE.LOCALIZATION.SCALES", "[64,128]"), []
     model.topk, predict = (5, 5), model.proposer.predict
@@ -200,6 +225,18 @@ def test_rcnn_needs_the_classifier_and_the_proposals_at_its_start_alone(train_lo
     train(None, run, "--eval-only")
     result = json.loads((run / "eval" / "results.json").read_text())["results"]["localization"]
     assert 0 <= result["true_class_error"] <= 100
+    member, flip = "RESNET_BACKBONE.TEST.ENSEMBLE", "RESNET_BACKBONE.TEST.FLIP"
+    (error,) = train(None, run, "--eval-only", member, "['x']", flip, "True", code=2)[-1:]
+    assert "need GeneralizedRCNN (ENSEMBLE: or LocalizationRCNN)" in error
+    train(None, run, "--eval-only", member, f"['{run}']")
+    again = json.loads((run / "eval" / "results.json").read_text())["results"]["localization"]
+    assert again == result
+    config = (run / "config.yaml").read_text()
+    (tmp_path / "rgb").mkdir()
+    shutil.copy(run / "model_final.pth", tmp_path / "rgb")
+    (tmp_path / "rgb" / "config.yaml").write_text(config.replace("FORMAT: BGR", "FORMAT: RGB"))
+    (error,) = train(None, run, "--eval-only", member, f"['{tmp_path / 'rgb'}']", code=2)[-1:]
+    assert "see the same image" in error
     train("rcnn", run, "--resume", key, proposals, "SOLVER.MAX_ITER", "2")
 
 
@@ -220,12 +257,14 @@ def test_one_command_makes_the_papers_table(run_command, tmp_path):
     DATALOADER.NUM_WORKERS 0 MODEL.RPN.POST_NMS_TOPK_TEST 5
     RESNET_BACKBONE.LOCALIZATION.REGION_SIZE 64""".split()
     words = ["--scale", "imagenet_loc", "--imagenet", data, "--weights", f"pretrained={weights}"]
+    words += ["--weights", f"second={weights}"]
     words += ["--output", tmp_path / "out", "--set", *SMALL[6:], *small]
     status, printed, error = run_command(reproduce.main, *words)
     assert status == 0, error
     (page,) = (tmp_path / "out").glob("report-*/localization.md")
     rows = [line.split(" | ") for line in page.read_text().splitlines() if "ResNet-18" in line]
     wanted = ["| RPN | center crop", "| RPN | dense", "| RPN + R-CNN | dense"]
-    assert [" | ".join(row[:2]) for row in rows] == wanted
+    assert [" | ".join(row[:2]) for row in rows] == [*wanted, wanted[-1]]
+    assert "ResNet-18 and 1 more" in rows[3]
     errors = [float(cell.strip(" |")) for row in rows for cell in row[-3:]]
     assert all(0 <= error <= 100 for error in errors)
