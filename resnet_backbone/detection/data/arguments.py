@@ -324,12 +324,20 @@ def _adopt(name: str, cfg: CfgNode, on_bad: str) -> None:
     known, tested = MetadataCatalog.get(name), name in cfg.DATASETS.TEST
     if known.get("evaluator_type") not in ("pascal_voc", "coco") or known.get("adopted"):
         return
+    keeps_difficult = cfg.RESNET_BACKBONE.TRAIN_ON_DIFFICULT
+    is_voc = known.evaluator_type == "pascal_voc"
+    if is_voc and tested and name in cfg.DATASETS.TRAIN and not keeps_difficult:
+        raise UsageError(
+            f"{name} is in DATASETS.TRAIN and DATASETS.TEST, and only evaluation has its difficult "
+            "boxes: give --voc-root with --train-set and --test-set, or "
+            "RESNET_BACKBONE.TRAIN_ON_DIFFICULT True"
+        )
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
-    if known.evaluator_type == "coco":
+    if not is_voc:
         register_coco(name, known.json_file, known.image_root, on_bad, decode=tested)
     else:
-        difficult = tested or cfg.RESNET_BACKBONE.TRAIN_ON_DIFFICULT
+        difficult = tested or keeps_difficult
         classes = list(known.thing_classes)
         register_voc(name, known.dirname, known.split, classes, difficult, on_bad, decode=tested)
     MetadataCatalog.get(name).adopted = True

@@ -29,6 +29,10 @@ VOC = "voc/faster_rcnn_R_18_FPN.yaml"
         (["--num-gpus", "99"], "--num-gpus 99: this machine has "),
         ([], "no data: give --voc-root DIR --train-set NAME --test-set NAME, or --coco-json"),
         (["DATASETS.TRAIN", "('voc_2007_trainva',)"], "did you mean voc_2007_trainval?"),
+        (
+            ["DATASETS.TRAIN", "('voc_2007_val',)", "DATASETS.TEST", "('voc_2007_val',)"],
+            "voc_2007_val is in DATASETS.TRAIN and DATASETS.TEST, and only evaluation has its diff",
+        ),
         (["--voc-root", "nowhere"], "--voc-root needs --train-set NAME and --test-set NAME"),
         (["--coco-json", "a.json", "b.json"], "needs --image-root DIR, or one for each file"),
         (["--voc-root", "x", "--coco-json", "a", "b"], "either --voc-root or --coco-json"),
