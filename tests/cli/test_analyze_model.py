@@ -10,16 +10,12 @@ from resnet_backbone.models import list_models
 
 def test_some_networks(run_command):
     assert {row.name for row in tool.REFERENCES} == set(list_models())
-    status, out, _ = run_command(tool.main, "resnet[15]0", "resnet34", "vgg16", "[pb][rn]*")
-    assert status == 0
-    rows = [
-        line for line in out.splitlines() if line.startswith(("resnet", "vgg16", "prelu", "bn"))
-    ]
-    assert len(rows) == 9 and all(row.endswith("ok") for row in rows)
-    assert "3.6440" in out and "9 rows, 0 differ" in out
+    status, out, _ = run_command(tool.main, "resnet[15]0", "resnet34")
+    rows = [line for line in out.splitlines() if line.startswith("resnet")]
+    assert status == 0 and len(rows) == 4 and all(row.endswith("ok") for row in rows)
+    assert "3.6440" in out and "4 rows, 0 differ" in out
 
 
-@pytest.mark.slow
 def test_every_network(capsys):
     assert tool.main(["--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
@@ -28,12 +24,9 @@ def test_every_network(capsys):
 
 def test_a_difference_is_noticed(monkeypatch, capsys):
     rows = {row.name: row for row in tool.REFERENCES if not row.options}
-    wrong = [
-        rows["vgg11"]._replace(parameters=1),
-        rows["resnet18"]._replace(paper="1.9", others="1.816"),
-        rows["resnet18"]._replace(paper="1.6"),
-        rows["resnet18"]._replace(paper="1.9"),
-    ]
+    changes = (dict(paper="1.9", others="1.816"), dict(paper="1.6"), dict(paper="1.9"))
+    wrong = [rows["vgg11"]._replace(parameters=1)]
+    wrong += [rows["resnet18"]._replace(**change) for change in changes]
     monkeypatch.setattr(tool, "select", lambda names: wrong)
     assert tool.main([]) == 1
     table = capsys.readouterr().out

@@ -9,15 +9,9 @@ from drawn_networks import on_meta
 from torch import nn
 from torch.nn import functional as F
 
-from resnet_backbone.models import (
-    BasicBlock,
-    BottleneckBlock,
-    FrozenBatchNorm2d,
-    build_model,
-    list_models,
-)
-from resnet_backbone.models.layers import ConvNorm
-from resnet_backbone.models.resnet import ResidualBlock, Stem
+from resnet_backbone.models import build_model, list_models
+from resnet_backbone.models.layers import ConvNorm, FrozenBatchNorm2d
+from resnet_backbone.models.resnet import BasicBlock, BottleneckBlock, ResidualBlock, Stem
 
 build_on_meta = partial(on_meta, build_model)
 
@@ -129,10 +123,8 @@ def test_zero_init_residual(name, norm):
     x = torch.randn(1, 128 * block.expansion, 4, 4)
     assert torch.equal(block(x), F.relu(x))
     assert bool((block.conv1.norm.weight == 1).all())
-    zeros = [
-        key for key, value in model.state_dict().items() if "norm.weight" in key and not value.any()
-    ]
-    assert len(zeros) == (8 if name == "resnet18" else 16)
+    weights = [value for key, value in model.state_dict().items() if "norm.weight" in key]
+    assert sum(not value.any() for value in weights) == (8 if name == "resnet18" else 16)
 
 
 def test_prelu_by_hand():
@@ -148,9 +140,7 @@ def test_prelu_by_hand():
     torch.testing.assert_close(block(x), torch.where(y > 0, y, 0.25 * y))
 
 
-@pytest.mark.parametrize(
-    "name", ["vgg11", "cifar_resnet20", "resnet50", "prelu_net_a", "bn_inception"]
-)
+@pytest.mark.parametrize("name", "vgg11 cifar_resnet20 resnet50 prelu_net_a bn_inception".split())
 def test_prelu_is_everywhere(name):
     model = build_on_meta(name, activation="prelu")
     assert not any(isinstance(module, nn.ReLU) for module in model.modules())
@@ -180,10 +170,8 @@ def test_frozen_norm_by_hand():
     torch.testing.assert_close(norm(x), x, rtol=1e-6, atol=1e-6)  # it starts as the identity
     for value in norm.buffers():
         nn.init.uniform_(value, 0.5, 1.5)
-    shape = (6, 1, 1)
-    weight, bias, mean, var = (
-        value.view(shape) for value in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    )
+    values = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    weight, bias, mean, var = (value.view(6, 1, 1) for value in values)
     expected = (x - mean) / torch.sqrt(var + norm.eps) * weight + bias
     torch.testing.assert_close(norm(x), expected, rtol=1e-10, atol=1e-12)
     assert not list(norm.parameters())
@@ -207,12 +195,8 @@ def test_stem_pool_by_hand(size, caffe_pool):
     first = 0 if caffe_pool else -1
     starts = [s for s in range(first, size, 2) if s + (2 if caffe_pool else 1) <= size]
     starts = starts[: (size // 2 if caffe_pool else (size + 1) // 2)]
-    rows = [
-        torch.stack(
-            [x[:, :, max(i, 0) : i + 3, max(j, 0) : j + 3].amax((2, 3)) for j in starts], dim=-1
-        )
-        for i in starts
-    ]
+    cuts = [slice(max(start, 0), start + 3) for start in starts]
+    rows = [torch.stack([x[:, :, i, j].amax((2, 3)) for j in cuts], dim=-1) for i in cuts]
     assert torch.equal(pool(x), torch.stack(rows, dim=-2))
 
 

@@ -20,14 +20,18 @@ BASIC = (18, 34)
 def make_cfg(depth, out_features, freeze_at=0, **resnets):
     cfg = get_cfg()
     cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at
-    cfg.MODEL.RESNETS.DEPTH = depth
-    cfg.MODEL.RESNETS.OUT_FEATURES = list(out_features)
-    cfg.MODEL.RESNETS.NORM = "BN"
     if depth in BASIC:
         cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
-    for key, value in resnets.items():
+    keys = {"DEPTH": depth, "OUT_FEATURES": list(out_features), **resnets}
+    for key, value in keys.items():
         cfg.MODEL.RESNETS[key] = value
     return cfg
+
+
+def assert_counters_alone_lack(found):
+    """Detectron2 >= 0.7 keeps the batch counter, which nothing reads, in a frozen norm."""
+    assert not found.unexpected_keys
+    assert all(key.endswith("num_batches_tracked") for key in found.missing_keys)
 
 
 def twins(depth, out_features=STAGES, builder=build_resnet_backbone, freeze_at=0, **options):
@@ -35,26 +39,15 @@ def twins(depth, out_features=STAGES, builder=build_resnet_backbone, freeze_at=0
 
     ``options`` are ours; Detectron2's keys are derived from them.
     """
-    dilations = options.get("dilations", (1, 1, 1, 1))
-    cfg = make_cfg(
-        depth,
-        out_features,
-        freeze_at,
-        NORM=options.get("norm", "BN"),
-        STRIDE_IN_1X1=options.get("stride_in_1x1", True),
-        RES4_DILATION=dilations[2],
-        RES5_DILATION=dilations[3],
-        RES5_MULTI_GRID=list(options.get("multi_grid", (1, 1, 1))),
-        STEM_TYPE="basic",
-    )
+    *_, res4, res5 = options.get("dilations", (1, 1, 1, 1))
+    keys = dict(NORM=options.get("norm", "BN"), STRIDE_IN_1X1=options.get("stride_in_1x1", True))
+    keys |= dict(RES5_MULTI_GRID=list(options.get("multi_grid", (1, 1, 1))), STEM_TYPE="basic")
+    cfg = make_cfg(depth, out_features, freeze_at, RES4_DILATION=res4, RES5_DILATION=res5, **keys)
     stages = dict(out_features=out_features, freeze_at=freeze_at)
     ours = on_meta(build_model, f"resnet{depth}", **stages, **options)
     theirs = draw(on_meta(builder, cfg, ShapeSpec(channels=3)))
     adopt(ours, theirs.state_dict())
-    lacking = theirs.load_state_dict(ours.state_dict(), strict=freeze_at == 0)
-    assert not lacking.unexpected_keys
-    # Detectron2 >= 0.7 keeps the batch counter, which nothing reads, in a frozen norm.
-    assert all(key.endswith("num_batches_tracked") for key in lacking.missing_keys)
+    assert_counters_alone_lack(theirs.load_state_dict(ours.state_dict(), strict=freeze_at == 0))
     table = {name: (spec.channels, spec.stride) for name, spec in theirs.output_shape().items()}
     assert table == {name: ours.features[name] for name in out_features}
     return theirs, ours
@@ -117,16 +110,13 @@ def test_freezing(depth, freeze_at):
     check(theirs.train(), ours.train())
 
 
-@pytest.mark.parametrize(
-    "dilations", [pytest.param((1, 1, 1, 2), marks=pytest.mark.slow), (1, 1, 2, 4)]
-)
+@pytest.mark.parametrize("dilations", [pytest.param((1, 1, 1, 2), marks=SLOW), (1, 1, 2, 4)])
 def test_deeplab_multi_grid(dilations):
     """DeepLabV3 of Detectron2: multi-grid (1, 2, 4) at output stride 16 and 8."""
     deeplab = pytest.importorskip("detectron2.projects.deeplab")
     options = dict(dilations=dilations, multi_grid=(1, 2, 4), stride_in_1x1=False)
-    theirs, ours = twins(
-        50, ("res2", "res5"), builder=deeplab.build_resnet_deeplab_backbone, **options
-    )
+    builder = deeplab.build_resnet_deeplab_backbone
+    theirs, ours = twins(50, ("res2", "res5"), builder, **options)
     rates = [block.conv2.dilation[0] for block in ours.res5]
     assert rates == [dilations[3] * rate for rate in (1, 2, 4)]
     check(theirs, ours)
@@ -138,6 +128,4 @@ def test_frozen_and_trainable_norms_exchange_states():
     trainable = build_model("resnet18", out_features=["res5"]).double()
     trainable.load_state_dict(ours.state_dict(), strict=True)
     ours.load_state_dict(trainable.state_dict(), strict=True)
-    lacking = trainable.load_state_dict(theirs.state_dict(), strict=False)
-    assert not lacking.unexpected_keys
-    assert all(key.endswith("num_batches_tracked") for key in lacking.missing_keys)
+    assert_counters_alone_lack(trainable.load_state_dict(theirs.state_dict(), strict=False))

@@ -23,6 +23,8 @@ STAGES = ("res2", "res3", "res4", "res5")
 
 def twins(name, output_stride, **options):
     """Makes timm's network and ours with its weights, both in float64."""
+    if name == "resnet50":
+        options["stride_in_1x1"] = False
     theirs = draw(on_meta(timm.create_model, name, num_classes=7, output_stride=output_stride))
     ours = on_meta(build_model, name, 7, dilations=DILATIONS[output_stride], **options)
     adopt(ours, from_torchvision(theirs.state_dict()))  # timm's keys are torchvision's
@@ -46,18 +48,14 @@ def check(theirs, ours):
     assert_same(theirs, ours, *maps_of(theirs, ours, images), renamed=from_torchvision)
 
 
+SLOW = pytest.param("resnet50", 16, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    "name, output_stride",
-    [
-        ("resnet18", 16),
-        ("resnet18", 8),
-        ("resnet50", 8),
-        pytest.param("resnet50", 16, marks=pytest.mark.slow),
-    ],
+    "name, output_stride", [("resnet18", 16), ("resnet18", 8), ("resnet50", 8), SLOW]
 )
 def test_output_stride(name, output_stride):
-    options = {} if name == "resnet18" else {"stride_in_1x1": False}
-    theirs, ours = twins(name, output_stride, **options)
+    theirs, ours = twins(name, output_stride)
     for number, dilation in enumerate(DILATIONS[output_stride], start=1):
         set_dilation(getattr(theirs, f"layer{number}")[0], dilation)
     assert ours.features["res5"].stride == output_stride
@@ -67,8 +65,7 @@ def test_output_stride(name, output_stride):
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_timm_keeps_the_first_blocks_dilation(name):
     """Unchanged, timm agrees up to res4 and differs in res5."""
-    options = {} if name == "resnet18" else {"stride_in_1x1": False}
-    theirs, ours = twins(name, 16, **options)
+    theirs, ours = twins(name, 16)
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     expected, maps = maps_of(theirs.eval(), ours.eval(), images)
     assert torch.allclose(maps["res4"], expected["res4"], rtol=1e-10)
@@ -79,8 +76,7 @@ def test_timm_keeps_the_first_blocks_dilation(name):
 @pytest.mark.parametrize("name, grid", [("resnet18", (1, 2)), ("resnet50", (1, 2, 4))])
 def test_multi_grid(name, grid):
     """Block i of res5 has dilation 2 * grid[i] at output stride 16 (arXiv 1706.05587, 3.2.1)."""
-    options = {} if name == "resnet18" else {"stride_in_1x1": False}
-    theirs, ours = twins(name, 16, multi_grid=grid, **options)
+    theirs, ours = twins(name, 16, multi_grid=grid)
     for block, rate in zip(theirs.layer4, grid, strict=True):
         set_dilation(block, 2 * rate)
     check(theirs, ours)
