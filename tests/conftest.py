@@ -68,6 +68,18 @@ def run_command(capsys):
 
 
 @pytest.fixture
+def printed(run_command):
+    """Function (main of a command, arguments) -> what it printed, with status 0."""
+
+    def call(main, *arguments) -> str:
+        status, out, error = run_command(main, *arguments)
+        assert status == 0, error
+        return out
+
+    return call
+
+
+@pytest.fixture
 def refusal(run_command):
     """Function (main of a command, arguments) -> its error of one line, with status 2."""
 

@@ -12,17 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from drawn_images import fill
+from drawn_networks import random_checkpoint
 from safetensors.torch import save_file
 
 from resnet_backbone.cli import convert_weights as tool
-from resnet_backbone.models import build_model
-from resnet_backbone.weights import (
-    Checkpoint,
-    ModelSpec,
-    get_preprocessing,
-    read_checkpoint,
-    write_checkpoint,
-)
+from resnet_backbone.weights import get_preprocessing, read_checkpoint, write_checkpoint
 from resnet_backbone.weights.export import export_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -34,25 +28,15 @@ def run(run_command):
     return partial(run_command, tool.main)
 
 
-def random_checkpoint(name, **options):
-    torch.manual_seed(0)
-    network = build_model(name, 10, **options)
-    for key, value in network.state_dict().items():
-        if key.endswith("running_mean"):
-            value.normal_(std=0.2)
-    tensors = {
-        key: value.contiguous()
-        for key, value in network.state_dict().items()
-        if not key.endswith("tracked")
-    }
-    own = replace(get_preprocessing("msra"), stride_in_1x1=None)
-    return Checkpoint(tensors, ModelSpec(name, 10, options), own)
+@pytest.fixture
+def succeed(printed):
+    return partial(printed, tool.main)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Weights by name: ResNet-18 that says all of itself, and others that say less."""
-    folder, whole = tmp_path_factory.mktemp("weights"), random_checkpoint("resnet18")
+    folder, whole = tmp_path_factory.mktemp("weights"), random_checkpoint("resnet18", "msra")
     names = ("ours", "silent", "a plain", "with image")  # a space, which commands must quote
     ours, silent, plain, with_image = (folder / f"{name}.safetensors" for name in names)
     write_checkpoint(whole, ours)
@@ -68,10 +52,10 @@ def refused(refusal):
     return partial(refusal, tool.main)
 
 
-def test_help_teaches(run):
+def test_help_teaches(succeed):
     for command in ([], ["inspect"], ["convert"], ["verify"]):
-        status, out, _ = run(*command, "--help")
-        assert status == 0 and max(map(len, out.splitlines())) <= 100
+        out = succeed(*command, "--help")
+        assert max(map(len, out.splitlines())) <= 100
         if not command:
             assert "examples:" in out and "Exit status" in out
 
@@ -91,9 +75,8 @@ ASKS = "--preprocessing msra, caffe_vgg, torchvision"
         ("with_image", [], ["mean image:    32x32", "11,181,642"]),
     ],
 )
-def test_inspect(run, files, file, options, words):
-    status, out, errors = run("inspect", getattr(files, file), *options)
-    assert status == 0, errors
+def test_inspect(succeed, files, file, options, words):
+    out = succeed("inspect", getattr(files, file), *options)
     assert all(word in out for word in words) and "convert" in out.splitlines()[-1]
     is_missing = any(word.startswith(("not stated", "add")) for word in words)
     assert ("not stated" in out) == is_missing
@@ -105,31 +88,27 @@ def next_command(out):
     return shlex.split(line)[3:]
 
 
-def test_what_to_do_next_repeats_what_was_stated(run, files, tmp_path):
+def test_what_to_do_next_repeats_what_was_stated(succeed, files, tmp_path):
     stated = "--channel-order BGR --value-range 255 --mean 10 20.5 -30 --std 1 2 3".split()
     stated += "--stride-in-1x1 true --bn-eps 0.001".split()
     plain = files.plain
     both, *parts = ([], "NAME --model NAME"), (stated, "NAME"), (["--model", "plain18"], "NAME")
     for given, missing in (both, *parts):
-        status, out, errors = run("inspect", plain, *given)
-        assert status == 0, errors
+        out = succeed("inspect", plain, *given)
         assert out.count("not stated:") == (2 if given == [] else 1)
         end = "--model NAME" if given == stated else f"--preprocessing {missing}"
         assert next_command(out) == ["convert", str(plain), "OUT", *given, *end.split()]
-    status, out, _ = run("inspect", plain, *stated, "--model", "plain18")
-    command = next_command(out)
+    command = next_command(succeed("inspect", plain, *stated, "--model", "plain18"))
     assert command[3:] == [*stated, "--model", "plain18"]
     command[2] = tmp_path / "out.safetensors"
-    assert run(*command, *FAST)[0] == 0
-    status, out, _ = run("inspect", command[2])
-    assert next_command(out)[3:] == []
+    succeed(*command, *FAST)
+    assert next_command(succeed("inspect", command[2]))[3:] == []
 
 
 @pytest.mark.data
-def test_inspect_of_the_released_weights(run, data_root):
+def test_inspect_of_the_released_weights(succeed, data_root):
     file = data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"
-    status, out, _ = run("inspect", file)
-    assert status == 0
+    out = succeed("inspect", file)
     assert "213 float32, 54 float16" in out and "25,557,032" in out
     assert "where its bottlenecks have their stride" in out
 
@@ -139,9 +118,8 @@ TARGETS |= {"huggingface": "x", "detectron2": "x.pkl", "caffe2": "x.pkl"}
 
 
 @pytest.mark.parametrize("format, name", TARGETS.items())
-def test_convert_to_every_format(format, name, run, files, tmp_path):
-    status, out, errors = run("convert", files.ours, tmp_path / name, "--to", format, *FAST)
-    assert status == 0, errors
+def test_convert_to_every_format(format, name, succeed, files, tmp_path):
+    out = succeed("convert", files.ours, tmp_path / name, "--to", format, *FAST)
     assert "equal within 0.0001" in out and "photographs" in out
     if format in ("torchvision", "timm", "huggingface"):
         assert "Normalize([0.485019608, 0.457956863, 0.407603922]" in out
@@ -149,11 +127,10 @@ def test_convert_to_every_format(format, name, run, files, tmp_path):
         assert "INPUT.FORMAT BGR" in out
 
 
-def test_all_conversions_at_once(run, files, tmp_path):
+def test_all_conversions_at_once(succeed, files, tmp_path):
     out_file = tmp_path / "x.safetensors"
     options = ["--channel-order-to", "RGB", "--value-range-to", 1, "--fold-std", "--fold-bn"]
-    status, out, errors = run("convert", files.ours, out_file, *options, "--dtype", "bf16", *FAST)
-    assert status == 0, errors
+    out = succeed("convert", files.ours, out_file, *options, "--dtype", "bf16", *FAST)
     assert "equal within 0.05" in out
     back = read_checkpoint(out_file)
     own = back.preprocessing
@@ -162,20 +139,18 @@ def test_all_conversions_at_once(run, files, tmp_path):
     assert back.tensors["res2.0.conv1.weight"].dtype == torch.bfloat16
 
 
-def test_fold_std_for_detectron2(run, files, tmp_path):
+def test_fold_std_for_detectron2(succeed, files, tmp_path):
     options = ["--to", "detectron2", "--fold-std", "--preprocessing", "torchvision"]
-    status, out, _ = run("convert", files.silent, tmp_path / "x.pkl", *options, *FAST)
-    assert status == 0
+    out = succeed("convert", files.silent, tmp_path / "x.pkl", *options, *FAST)
     assert "MODEL.PIXEL_STD [1, 1, 1]" in out and "INPUT.FORMAT RGB" in out
     assert "MODEL.PIXEL_MEAN [123.675, 116.28, 103.53]" in out
 
 
-def test_stated_input(run, refused, files, tmp_path):
+def test_stated_input(succeed, refused, files, tmp_path):
     stated = ["--channel-order", "BGR", "--value-range", 255, "--std", 1, 2, 3]
     stated += ["--mean", 10, 20, 30]
     out_file, silent = tmp_path / "x.safetensors", files.silent
-    status, _, errors = run("convert", silent, out_file, *stated, "--bn-eps", 1e-3, *FAST)
-    assert status == 0, errors
+    succeed("convert", silent, out_file, *stated, "--bn-eps", 1e-3, *FAST)
     own = read_checkpoint(out_file).preprocessing
     assert (own.mean, own.std, own.bn_eps) == ((10, 20, 30), (1, 2, 3), 1e-3)
     part = ("convert", silent, tmp_path / "y.safetensors", *stated[:4])
@@ -183,24 +158,22 @@ def test_stated_input(run, refused, files, tmp_path):
     command = ["convert", silent, tmp_path / "y.pth", "--to", "torchvision", *stated]
     error = refused(*command, "--bn-eps", 1e-3)
     assert "BN eps 0.001" in error and "--bn-eps-to 1e-05" in error
-    status, _, errors = run(*command, "--bn-eps", 1e-3, "--bn-eps-to", 1e-5, *FAST)
-    assert status == 0, errors
+    succeed(*command, "--bn-eps", 1e-3, "--bn-eps-to", 1e-5, *FAST)
 
 
-def test_a_named_input_with_other_values_says_so(run, files, tmp_path):
+def test_a_named_input_with_other_values_says_so(succeed, files, tmp_path):
     out_file, silent = tmp_path / "x.safetensors", files.silent
     stated = ("--preprocessing", "msra", "--mean", 0, 0, 0, "--bn-eps", 1e-3)
-    assert run("convert", silent, out_file, *stated, *FAST)[0] == 0
+    succeed("convert", silent, out_file, *stated, *FAST)
     own = read_checkpoint(out_file).preprocessing
     assert own.mean == (0, 0, 0) and own.std == (1, 1, 1)
     assert own.source.startswith("msra, with mean, bn_eps stated on the command line; Kaiming")
-    plain = run("convert", silent, tmp_path / "y.safetensors", *stated[:2], *FAST)
-    assert plain[0] == 0
+    succeed("convert", silent, tmp_path / "y.safetensors", *stated[:2], *FAST)
     source = read_checkpoint(tmp_path / "y.safetensors").preprocessing.source
     assert source == get_preprocessing("msra").source
 
 
-def test_a_wrong_file_does_not_pass_the_check(run, files, tmp_path, monkeypatch):
+def test_a_wrong_file_does_not_pass_the_check(run, succeed, files, tmp_path, monkeypatch):
     """The check after writing reads the file, not the memory."""
 
     def read_damaged(*args):
@@ -213,27 +186,24 @@ def test_a_wrong_file_does_not_pass_the_check(run, files, tmp_path, monkeypatch)
     monkeypatch.setattr(tool, "read_checkpoint", read_damaged)
     status, out, _ = run("convert", files.ours, tmp_path / "x.safetensors", *FAST)
     assert status == 1 and "DIFFER" in out and "none of" in out
-    status, out, _ = run("convert", files.ours, tmp_path / "x2.safetensors", "--no-verify")
-    assert status == 0 and "photographs" not in out
+    out = succeed("convert", files.ours, tmp_path / "x2.safetensors", "--no-verify")
+    assert "photographs" not in out
 
 
-def test_verify_says_equal_and_what_is_wrong(run, files):
+def test_verify_says_equal_and_what_is_wrong(run, succeed, files):
     ours, silent = files.ours, files.silent
-    status, out, _ = run("verify", ours, silent, "--preprocessing-b", "caffe_vgg", *FAST)
-    assert status == 0 and "equal within 0.0001" in out
+    out = succeed("verify", ours, silent, "--preprocessing-b", "caffe_vgg", *FAST)
+    assert "equal within 0.0001" in out
     order = ["--channel-order-b", "RGB", "--value-range-b", 255, "--std-b", 1, 1, 1]
     order += ["--mean-b", 103.939, 116.779, 123.68]
     status, out, _ = run("verify", ours, silent, *order, *FAST)
-    assert status == 1 and "DIFFER" in out
-    assert "channel order BGR in place of RGB" in out
-    status, out, _ = run("verify", ours, silent, *order, *FAST, "--tolerance", 2)
-    assert status == 0
+    assert status == 1 and "DIFFER" in out and "channel order BGR in place of RGB" in out
+    succeed("verify", ours, silent, *order, *FAST, "--tolerance", 2)
 
 
-def test_verify_on_a_folder(run, files, tmp_path):
+def test_verify_on_a_folder(succeed, files, tmp_path):
     images = ("--images", fill(tmp_path, ["one"], 3), "--num-images", 2)
-    status, out, errors = run("verify", files.ours, files.ours, *images, *FAST)
-    assert status == 0, errors
+    out = succeed("verify", files.ours, files.ours, *images, *FAST)
     assert "2 of 3 pictures" in out
 
 
@@ -244,8 +214,7 @@ def test_verify_finds_the_stride_of_the_released_weights(run, data_root, tmp_pat
     stated = "--preprocessing-a msra --preprocessing-b msra --stride-in-1x1-b false".split()
     images = ["--images", pictures, "--num-images", 2, "--size", 64]
     status, out, _ = run("verify", file, file, *stated, *images)
-    assert status == 1
-    assert "stride_in_1x1 True in place of False" in out
+    assert status == 1 and "stride_in_1x1 True in place of False" in out
 
 
 def test_wrong_input_is_one_line(refused, files, tmp_path):
@@ -278,12 +247,11 @@ def test_wrong_input_is_one_line(refused, files, tmp_path):
     assert not out.exists()
 
 
-def test_mean_image_is_dropped_only_when_asked(run, refused, files, tmp_path):
+def test_mean_image_is_dropped_only_when_asked(succeed, refused, files, tmp_path):
     arguments = ("convert", files.with_image, tmp_path / "x.pth", "--to", "torchvision", *FAST)
     error = refused(*arguments)
     assert "mean image" in error and "--accept-channel-means" in error
-    status, out, errors = run(*arguments, "--accept-channel-means")
-    assert status == 0, errors
+    out = succeed(*arguments, "--accept-channel-means")
     assert "not exactly the same" in out
 
 
@@ -310,7 +278,6 @@ def test_every_command_of_the_guide(data_root, tmp_path, monkeypatch):
         if "verify" in command and command.startswith("!"):
             assert "stride_in_1x1 True in place of False" in done.stdout
     code = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)[-1]
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "ResNetForImageClassification" in done.stdout, done.stderr
