@@ -15,32 +15,21 @@ from drawn_networks import assert_close
 from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from timm.models._manipulate import group_parameters
 from timm.optim import create_optimizer_v2
-from torchvision.models.feature_extraction import (
-    NodePathTracer,
-    create_feature_extractor,
-    get_graph_node_names,
-)
+from torchvision.models import feature_extraction
 
 from resnet_backbone import build_model
 from resnet_backbone.adapters.timm_models import NETWORKS, PaperResNet, from_checkpoint
-from resnet_backbone.weights import (
-    InputNormalizer,
-    Preprocessing,
-    WeightsError,
-    get_preprocessing,
-    save_weights,
-)
+from resnet_backbone.weights import InputNormalizer, Preprocessing, WeightsError
+from resnet_backbone.weights.load import save_weights
+from resnet_backbone.weights.preprocessing import get_preprocessing
 
 NAMES = [f"paper_{name}" for name in NETWORKS]
 QUICK = ["paper_resnet18", "paper_plain18"]
 STRIDES = [2, 4, 8, 16, 32]
 
-every_entry = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in NAMES]
-)
-some_entries = pytest.mark.parametrize(
-    "name", ["paper_resnet18", pytest.param("paper_resnet50", marks=pytest.mark.slow)]
-)
+SLOW = {n: pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n not in QUICK}
+every_entry = pytest.mark.parametrize("name", [*QUICK, *SLOW.values()])
+some_entries = pytest.mark.parametrize("name", ["paper_resnet18", SLOW["paper_resnet50"]])
 
 
 def images(size=64, batch=1, channels=3):
@@ -116,9 +105,8 @@ def test_every_feature_class(feature_cls, out_indices):
     torch.manual_seed(3)
     whole = timm.create_model("paper_resnet18").eval()
     torch.manual_seed(3)
-    model = timm.create_model(
-        "paper_resnet18", features_only=True, out_indices=out_indices, feature_cls=feature_cls
-    ).eval()
+    options = dict(features_only=True, out_indices=out_indices, feature_cls=feature_cls)
+    model = timm.create_model("paper_resnet18", **options).eval()
     x = images()
     with torch.no_grad():
         maps = model(x)
@@ -148,19 +136,12 @@ def test_forward_intermediates(name):
 
 def traced(model):
     """torchvision's feature extractor of the logits, with timm's settings of the tracer."""
-    settings = dict(
-        leaf_modules=get_notrace_modules(),
-        autowrap_functions=get_notrace_functions(),
-        param_shapes_constant=True,
-    )
-    assert NodePathTracer(**settings).trace(model)
-    train, evaluation = get_graph_node_names(model, tracer_kwargs=settings)
-    return create_feature_extractor(
-        model,
-        train_return_nodes=train[-1:],
-        eval_return_nodes=evaluation[-1:],
-        tracer_kwargs=settings,
-    )
+    settings = dict(leaf_modules=get_notrace_modules(), param_shapes_constant=True)
+    settings["autowrap_functions"] = get_notrace_functions()
+    assert feature_extraction.NodePathTracer(**settings).trace(model)
+    names = feature_extraction.get_graph_node_names(model, tracer_kwargs=settings)
+    nodes = dict(train_return_nodes=names[0][-1:], eval_return_nodes=names[1][-1:])
+    return feature_extraction.create_feature_extractor(model, tracer_kwargs=settings, **nodes)
 
 
 @every_entry
@@ -228,15 +209,13 @@ def test_pooling(pool, factor):
 
 
 def test_options_of_the_network():
-    model = timm.create_model(
-        "paper_resnet50", stride_in_1x1=False, norm="GN", shortcut="C", device="meta"
-    )
+    options = dict(stride_in_1x1=False, norm="GN", shortcut="C", device="meta")
+    model = timm.create_model("paper_resnet50", **options)
     assert model.res3[0].conv2.stride == (2, 2) and model.res2[1].shortcut is not None
     assert isinstance(model.conv1.norm, torch.nn.GroupNorm) and model.conv1.weight.is_meta
     assert timm.create_model("paper_resnet50", device="meta").res3[0].conv1.stride == (2, 2)
-    assert timm.create_model("paper_resnet18", dtype=torch.bfloat16).fc.weight.dtype is (
-        torch.bfloat16
-    )
+    half = timm.create_model("paper_resnet18", dtype=torch.bfloat16)
+    assert half.fc.weight.dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("indices, left", [([0], []), ([1, 2], ["res2", "res3"]), (1, None)])
@@ -282,15 +261,11 @@ def test_weights_of_other_channels(tmp_path):
     torch.testing.assert_close(model(x), network.eval()(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name, preprocessing",
-    [
-        ("resnet50", "torchvision"),
-        pytest.param("resnet50", "msra", marks=pytest.mark.slow),
-        ("resnet18", "torchvision"),
-        ("plain18", "msra"),
-    ],
-)
+INPUTS = [("resnet50", "torchvision"), ("resnet18", "torchvision"), ("plain18", "msra")]
+INPUTS.append(pytest.param("resnet50", "msra", marks=pytest.mark.slow))
+
+
+@pytest.mark.parametrize("name, preprocessing", INPUTS)
 def test_weights_bring_their_preprocessing(name, preprocessing, weights_file, photo, photo_bytes):
     """timm's own data settings and our network's own input give the same logits."""
     path, network = weights_file(name, preprocessing)
@@ -337,9 +312,7 @@ def test_a_checkpoint_of_timms_trainer_loads(tmp_path):
 
 @pytest.mark.parametrize("layout", ["ours", "torchvision"])
 @pytest.mark.parametrize("classes", [1000, 5])
-def test_files_whose_preprocessing_would_be_lost_are_refused(
-    layout, classes, weights_file, tmp_path
-):
+def test_files_whose_input_would_be_lost_are_refused(layout, classes, weights_file, tmp_path):
     """timm loads unstrictly where the number of classes differs: next to nothing would load."""
     path, _ = weights_file("resnet18", "msra")
     if layout == "torchvision":
@@ -347,13 +320,9 @@ def test_files_whose_preprocessing_would_be_lost_are_refused(
         torch.save(timm.create_model("resnet18").state_dict(), path)
     with pytest.raises(WeightsError, match="from_checkpoint"):
         timm.create_model("paper_resnet18", num_classes=1000, checkpoint_path=path)
+    overlay = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
     with pytest.raises(WeightsError, match="from_checkpoint"):
-        timm.create_model(
-            "paper_resnet18",
-            pretrained=True,
-            num_classes=classes,
-            pretrained_cfg_overlay=dict(file=str(path)),
-        )
+        timm.create_model("paper_resnet18", num_classes=classes, **overlay)
 
 
 def test_errors(weights_file):

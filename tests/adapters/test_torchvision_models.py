@@ -11,27 +11,17 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.segmentation import DeepLabV3, deeplabv3_resnet50
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from resnet_backbone.adapters.torchvision_models import (
-    RESNET_LEVELS,
-    VGG_LEVELS,
-    deeplabv3,
-    fpn_backbone,
-)
+from resnet_backbone.adapters import torchvision_models
+from resnet_backbone.adapters.torchvision_models import deeplabv3, fpn_backbone
 from resnet_backbone.fast import InferenceNetwork, optimize_for_inference
 from resnet_backbone.fast.engines import why_not
 from resnet_backbone.weights import InputNormalizer, WeightsError, get_preprocessing
 
 SIZES = dict(min_size=96, max_size=128)
-FEWER = (  # proposals and detections, for speed
-    dict(
-        rpn_pre_nms_top_n_train=100,
-        rpn_post_nms_top_n_train=50,
-        rpn_post_nms_top_n_test=20,
-        box_batch_size_per_image=16,
-        box_detections_per_img=5,
-    ),
-    dict(topk_candidates=50, detections_per_img=5),
-)
+FEWER = dict(topk_candidates=50, detections_per_img=5)  # of RetinaNet, for speed
+FEWER_REGIONS = dict(box_batch_size_per_image=16, box_detections_per_img=5)
+FEWER_REGIONS |= dict(rpn_pre_nms_top_n_train=100, rpn_post_nms_top_n_train=50)
+FEWER_REGIONS |= dict(rpn_post_nms_top_n_test=20)
 
 
 def detector(kind, name, weights, preprocessing="", **options):
@@ -39,7 +29,8 @@ def detector(kind, name, weights, preprocessing="", **options):
         levels = ("conv4", "conv5", "pool5") if name.startswith("vgg") else ("res3", "res4", "res5")
         options |= dict(out_features=levels, extra_blocks=LastLevelP6P7(256, 256))
     backbone, norm = fpn_backbone(name, weights, preprocessing, **options)
-    return kind(backbone, num_classes=21, **norm, **SIZES, **FEWER[kind is RetinaNet])
+    fewer = FEWER if kind is RetinaNet else FEWER_REGIONS
+    return kind(backbone, num_classes=21, **norm, **SIZES, **fewer)
 
 
 def targets_for(images):
@@ -75,13 +66,11 @@ def test_the_normalization_cannot_be_forgotten():
         FasterRCNN(fpn_backbone("resnet18"), num_classes=21)
 
 
-@pytest.mark.parametrize(
-    "name, preprocessing",
-    [("resnet18", "torchvision"), ("resnet50", "msra"), ("vgg11", "caffe_vgg")],
-)
-def test_pixels_give_the_maps_of_the_original_network(
-    name, preprocessing, weights_file, photo, photo_bytes
-):
+INPUTS = {"resnet18": "torchvision", "resnet50": "msra", "vgg11": "caffe_vgg"}
+
+
+@pytest.mark.parametrize("name, preprocessing", INPUTS.items())
+def test_maps_are_the_original_networks(name, preprocessing, weights_file, photo, photo_bytes):
     """From RGB in 0..1 through torchvision's transform, as from the weights' own preprocessing."""
     path, network = weights_file(name, preprocessing)
     backbone, norm = fpn_backbone(name, path)
@@ -91,7 +80,7 @@ def test_pixels_give_the_maps_of_the_original_network(
         found = model.backbone.body(batch.tensors)
         normalize = InputNormalizer(get_preprocessing(preprocessing))
         wanted = network.forward_features(normalize(photo_bytes))
-    levels = VGG_LEVELS if name == "vgg11" else RESNET_LEVELS
+    levels = torchvision_models.VGG_LEVELS if name == "vgg11" else torchvision_models.RESNET_LEVELS
     for key, stage in zip("0123", levels, strict=True):
         assert_close(found[key], wanted[stage])
 
@@ -196,9 +185,8 @@ def test_fpn_maps_equal_torchvisions(name, tmp_path, photo):
 def test_freeze_at_is_five_minus_trainable_layers(freeze_at, weights_file):
     path, _ = weights_file("resnet18", "torchvision")
     backbone, _ = fpn_backbone("resnet18", path, freeze_at=freeze_at)
-    theirs = resnet_fpn_backbone(
-        backbone_name="resnet18", weights=None, trainable_layers=5 - freeze_at
-    )
+    options = dict(weights=None, trainable_layers=5 - freeze_at)
+    theirs = resnet_fpn_backbone(backbone_name="resnet18", **options)
 
     def count(body):
         return sum(p.numel() for p in body.parameters() if p.requires_grad)
@@ -227,9 +215,8 @@ def test_deeplab_equals_torchvisions_but_for_the_first_dilated_blocks(tmp_path, 
 @pytest.mark.parametrize("output_stride", [8, 16])
 @pytest.mark.parametrize("multi_grid", [(), (1, 2)])
 def test_deeplab_trains(output_stride, multi_grid, photo):
-    model = deeplabv3(
-        "resnet18", 4, output_stride=output_stride, aux_loss=True, multi_grid=multi_grid
-    )
+    options = dict(output_stride=output_stride, aux_loss=True, multi_grid=multi_grid)
+    model = deeplabv3("resnet18", 4, **options)
     images = torch.stack([photo, photo.flip(2)])
     maps = model.backbone(images)
     assert maps["out"].shape[-1] == 128 // output_stride
@@ -251,9 +238,8 @@ def test_deeplab_normalizes_as_the_weights_ask(weights_file, photo, photo_bytes)
     path, network = weights_file("resnet50", "msra")
     model = deeplabv3("resnet50", 4, path).eval()
     with torch.no_grad():
-        found = model.backbone.network.forward_features(
-            (photo[None] - model.backbone.mean) / model.backbone.std, ["res4"]
-        )["res4"]
+        own = (photo[None] - model.backbone.mean) / model.backbone.std
+        found = model.backbone.network.forward_features(own, ["res4"])["res4"]
         images = InputNormalizer(get_preprocessing("msra"))(photo_bytes)
         wanted = network.forward_features(images)["res4"]  # not dilated
     assert_close(found, wanted)
