@@ -53,6 +53,12 @@ def data_root() -> Path:
 
 
 @pytest.fixture
+def detectron2():
+    """Skips a test where Detectron2 is not installed."""
+    return pytest.importorskip("detectron2")
+
+
+@pytest.fixture
 def run_command(capsys):
     """Function (main of a command, arguments) -> (exit status, what it printed, its errors)."""
 

@@ -5,7 +5,14 @@ import hashlib
 
 import pytest
 
+from resnet_backbone.cli import prepare_data
 from resnet_backbone.cli.reproduce import PLANS, build_steps, parse_arguments, read_plan
+
+
+@pytest.fixture
+def run(run_command):
+    """Function (arguments of prepare-data) -> (exit status, what it printed, its errors)."""
+    return lambda *arguments: run_command(prepare_data.main, *arguments, "--workers", 1)
 
 
 @pytest.fixture

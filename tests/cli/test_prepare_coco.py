@@ -6,25 +6,19 @@ import pytest
 
 pytest.importorskip("detectron2")
 
-from resnet_backbone.cli import prepare_data as tool
+from drawn_images import coco_content
+
 from resnet_backbone.detection.data import archives
 
 from packed import jpeg, tree_of, write_zip  # isort: skip
 
 
 @pytest.fixture
-def run(run_command):
-    return lambda *arguments: run_command(tool.main, *arguments, "--workers", 1)
-
-
-@pytest.fixture
 def coco(tmp_path, declare, monkeypatch):
     """Archives of COCO 2017, in small: two training images, one of val, two of test."""
-    counts = {
-        ("coco", "instances_train2017"): archives.Counts(2, 2),
-        ("coco", "instances_val2017"): archives.Counts(1, 1),
-        ("coco", "image_info_test-dev2017"): archives.Counts(1),
-    }
+    counts = {"instances_train2017": (2, 2), "instances_val2017": (1, 1)}
+    counts |= {"image_info_test-dev2017": (1,)}
+    counts = {("coco", split): archives.Counts(*count) for split, count in counts.items()}
     monkeypatch.setattr("resnet_backbone.detection.data.trees.COUNTS", counts)
     folder = tmp_path / "archives"
     folder.mkdir()
@@ -35,12 +29,10 @@ def coco(tmp_path, declare, monkeypatch):
     }
 
     def listing(*numbers, annotated=True) -> bytes:
-        size, box = dict(width=60, height=40), dict(bbox=[2, 3, 10, 10], area=100, iscrowd=0)
-        content = {"categories": [{"id": 18, "name": "dog"}]}
-        content["images"] = [{"id": i, "file_name": f"{i:012d}.jpg", **size} for i in numbers]
-        if annotated:
-            same = {"category_id": 18, **box}
-            content["annotations"] = [{"id": i, "image_id": i, **same} for i in numbers]
+        boxes = [(i, (2, 3, 12, 13), 18, 0) for i in numbers]
+        content = coco_content({i: f"{i:012d}.jpg" for i in numbers}, (60, 40), boxes, {18: "dog"})
+        if not annotated:
+            del content["annotations"]
         return json.dumps(content).encode()
 
     contents["annotations_trainval2017.zip"] = {

@@ -22,11 +22,6 @@ TRAINVAL, TEST = "VOCtrainval_06-Nov-2007.tar", "VOCtest_06-Nov-2007.tar"
 DOG = [("dog", (1, 1, 20, 30)), ("cat", (5, 5, 30, 35), 1)]
 
 
-@pytest.fixture
-def run(run_command):
-    return lambda *arguments: run_command(tool.main, *arguments, "--workers", 1)
-
-
 def voc_files(splits, objects=DOG) -> dict[str, bytes]:
     """Archive names -> contents of a VOC 2007 with these {split: ids}."""
     files = {}
@@ -43,18 +38,13 @@ def voc_files(splits, objects=DOG) -> dict[str, bytes]:
 @pytest.fixture
 def voc(tmp_path, declare, monkeypatch):
     """Both official archives of 2007, in small, and their counts."""
-    counts = {
-        ("VOC2007", "trainval"): archives.Counts(3, 3, 3),
-        ("VOC2007", "test"): archives.Counts(2, 2, 2),
-    }
+    counts = {"trainval": archives.Counts(3, 3, 3), "test": archives.Counts(2, 2, 2)}
+    counts = {("VOC2007", split): count for split, count in counts.items()}
     monkeypatch.setattr("resnet_backbone.detection.data.trees.COUNTS", counts)
-    folder = tmp_path / "archives"
-    folder.mkdir()
-    ids = {
-        TRAINVAL: {"trainval": ("000001", "000002", "000003")},
-        TEST: {"test": ("000004", "000005")},
-    }
-    return [declare(write_tar(folder / name, voc_files(splits))) for name, splits in ids.items()]
+    (tmp_path / "archives").mkdir()
+    first = voc_files({"trainval": ("000001", "000002", "000003")})
+    contents = {TRAINVAL: first, TEST: voc_files({"test": ("000004", "000005")})}
+    return [declare(write_tar(tmp_path / "archives" / k, v)) for k, v in contents.items()]
 
 
 def test_archives_become_detectron2s_folders(run, voc, tmp_path):
@@ -178,11 +168,8 @@ UNUSABLE = [
     *((damaged_tar, [k, d], DAMAGED) for k in ("gz", "xz", "bz2") for d in ("flipped", "cut")),
     (changed_zip, ENCRYPTED, "password"),
     (changed_zip, [(b"PK\x03\x04", 200, 255)], "Bad CRC-32"),  # its list of files is whole
-    *(
-        (leading_out, [write, name], f"{name!r}, which leads out of the folder")
-        for name in OUTSIDE
-        for write in (write_tar, write_zip)
-    ),
+    *((leading_out, [write_tar, n], f"{n!r}, which leads out of the folder") for n in OUTSIDE),
+    *((leading_out, [write_zip, n], f"{n!r}, which leads out of the folder") for n in OUTSIDE),
     (lambda folder: write_zip(folder / "x", {"val2017/1.jpg": b""}), [], "not an archive of VOC"),
     (lambda folder: folder / "no.tar", [], "no such archive"),
 ]
@@ -289,13 +276,8 @@ def test_official_numbers_agree_with_one_another():
         for what in ("images", "boxes", "difficult"):
             assert getattr(train, what) + getattr(val, what) == getattr(both, what)
     for what in ("images", "boxes"):  # 2017 is another division of 2014
-        first, second = (
-            sum(
-                getattr(counts["coco", f"instances_{part}{year}"], what)
-                for part in ("train", "val")
-            )
-            for year in (2014, 2017)
-        )
+        of = {split: getattr(count, what) for (_, split), count in counts.items()}
+        first, second = (of[f"instances_train{n}"] + of[f"instances_val{n}"] for n in (2014, 2017))
         assert first == second
     digests = {sha256 for _, sha256 in archives.ARCHIVES.values()}
     assert len(digests) == len(archives.ARCHIVES) == 16 and set(map(len, digests)) == {64}

@@ -1,6 +1,5 @@
 """Run folders of the trainers, as small as they can be, and made-up detectors on a VOC folder."""
 
-import copy
 import json
 from functools import cache, partial
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from drawn_images import coco_content
 from PIL import Image
 
 from resnet_backbone.classification.config import load_config, to_yaml
@@ -62,27 +62,23 @@ def make_run(tmp_path):
     return make
 
 
-DETECTOR = {
-    "SEED": 1,
-    "OUTPUT_DIR": "out",
-    "DATASETS": {"TRAIN": ["train:train"], "TEST": ["test:test"]},
-    "INPUT": {"FORMAT": "BGR", "MIN_SIZE_TEST": 320, "MIN_SIZE_TRAIN": [320]},
-    "MODEL": {
-        "DEVICE": "cpu",
-        "WEIGHTS": "/data/weights.pth",
-        "BACKBONE": {"NAME": "build_paper_resnet_fpn_backbone", "FREEZE_AT": 2},
-        "FPN": {"IN_FEATURES": ["res2", "res3"], "NORM": "GN"},
-        "RESNETS": {"DEPTH": 50},
-        "ROI_HEADS": {"IN_FEATURES": ["p2", "p3"]},
-    },
-    "RESNET_BACKBONE": {"SHORTCUT": "B", "VGG": {"DEPTH": 16}},
-    "SOLVER": {"IMS_PER_BATCH": 2, "BASE_LR": 0.005},
-}
-VGG = {
-    "MODEL.BACKBONE.NAME": "build_vgg_fpn_backbone",
-    "MODEL.WEIGHTS": "/data/vgg.pth",
-    "MODEL.FPN.IN_FEATURES": ["conv3", "conv4"],
-}
+DETECTOR = """
+SEED: 1
+OUTPUT_DIR: out
+DATASETS: {TRAIN: ["train:train"], TEST: ["test:test"]}
+INPUT: {FORMAT: BGR, MIN_SIZE_TEST: 320, MIN_SIZE_TRAIN: [320]}
+MODEL:
+  DEVICE: cpu
+  WEIGHTS: /data/weights.pth
+  BACKBONE: {NAME: build_paper_resnet_fpn_backbone, FREEZE_AT: 2}
+  FPN: {IN_FEATURES: [res2, res3], NORM: GN}
+  RESNETS: {DEPTH: 50}
+  ROI_HEADS: {IN_FEATURES: [p2, p3]}
+RESNET_BACKBONE: {SHORTCUT: B, VGG: {DEPTH: 16}}
+SOLVER: {IMS_PER_BATCH: 2, BASE_LR: 0.005}
+"""
+VGG = {"MODEL.BACKBONE.NAME": "build_vgg_fpn_backbone", "MODEL.WEIGHTS": "/data/vgg.pth"}
+VGG["MODEL.FPN.IN_FEATURES"] = ["conv3", "conv4"]
 
 
 @pytest.fixture
@@ -94,7 +90,7 @@ def make_detector(tmp_path):
     """
 
     def make(name, seed, classes=(), vgg=False, config=(), results=(), details=None, log=()):
-        content = copy.deepcopy(DETECTOR)
+        content = yaml.safe_load(DETECTOR)
         for key, value in {"SEED": seed, **(VGG if vgg else {}), **dict(config)}.items():
             *path, last = key.split(".")
             node = content
@@ -105,16 +101,10 @@ def make_detector(tmp_path):
         mean = sum(classes.values()) / max(1, len(classes))
         bbox = {"AP": mean / 2, "AP50": mean, "AP75": mean / 4, "AP50-11pt": mean + 1}
         bbox |= {f"AP50-{key}": value for key, value in classes.items()}
-        outcome = {
-            "command": f"python /home/me/tools/train_net.py --voc-root /home/me/VOC SEED {seed}",
-            "test": content["DATASETS"]["TEST"],
-            "weights": content["MODEL"]["WEIGHTS"],
-            "iterations": 600,
-            "images_per_batch": 2,
-            "seed": seed,
-            "results": {"bbox": bbox},
-            **dict(results),
-        }
+        outcome = {"seed": seed, "iterations": 600, "images_per_batch": 2}
+        outcome |= {"test": content["DATASETS"]["TEST"], "weights": content["MODEL"]["WEIGHTS"]}
+        command = f"python /home/me/tools/train_net.py --voc-root /home/me/VOC SEED {seed}"
+        outcome |= {"command": command, "results": {"bbox": bbox}, **dict(results)}
         folder = tmp_path / name
         inference = folder / "inference" / "test:test"
         inference.mkdir(parents=True)
@@ -155,10 +145,8 @@ def voc(make_voc):
 
 
 @pytest.fixture
-def make_voc_run(voc, make_detector):
+def make_voc_run(voc, make_detector, detectron2):
     """Function (network, seed, chance to find an object) -> run folder as train_net leaves it."""
-
-    pytest.importorskip("detectron2")
     from resnet_backbone.detection.data.voc import scan_voc
     from resnet_backbone.detection.evaluation.voc import TO_VOC, summarize
     from resnet_backbone.detection.evaluation.voc_ap import count_errors, read_boxes, score_boxes
@@ -193,14 +181,9 @@ def make_voc_run(voc, make_detector):
         details["errors"] = count_errors(*tables, CLASSES)
         bbox = details["summary"] | {f"AP50-{c['class']}": c["AP50"] for c in details["classes"]}
         command = f"python tools/train_net.py --voc-root {voc} --test-set test SEED {seed}"
-        folder = make_detector(
-            f"{network}_s{seed}",
-            seed,
-            vgg=network == "vgg",
-            config={"RESNET_BACKBONE.CLASS_NAMES": CLASSES},
-            results={"command": command, "results": {"bbox": bbox}, **results},
-            details=details,
-        )
+        options = dict(config={"RESNET_BACKBONE.CLASS_NAMES": CLASSES}, details=details)
+        options |= dict(results={"command": command, "results": {"bbox": bbox}, **results})
+        folder = make_detector(f"{network}_s{seed}", seed, vgg=network == "vgg", **options)
         metrics = [{"iteration": i, "total_loss": 2.0 - i / 20} for i in range(20)]
         (folder / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in metrics))
         (folder / "inference" / "test:test" / "detections.json").write_text(json.dumps(rows))
@@ -215,26 +198,16 @@ def make_coco_run(voc, make_voc_run):
     from resnet_backbone.detection.data.voc import scan_voc
     from resnet_backbone.detection.evaluation.coco import score_coco
 
-    def to_coco(box):
-        return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
-
     records, _ = scan_voc(str(voc), "test", CLASSES, decode=False)
-    images = [
-        {"id": int(r["image_id"]) + 1, "file_name": Path(r["file_name"]).name}
-        | {"width": SIZE[0], "height": SIZE[1]}
-        for r in records
-    ]
     boxes = [
-        {"image_id": int(r["image_id"]) + 1, "category_id": 5 + 2 * a["category_id"]}
-        | {"bbox": to_coco(a["bbox"]), "iscrowd": a["difficult"], "area": 1}
+        (int(r["image_id"]) + 1, a["bbox"], 5 + 2 * a["category_id"], a["difficult"])
         for r in records
         for a in r["annotations"]
     ]
-    categories = [{"id": 5 + 2 * number, "name": name} for number, name in enumerate(CLASSES)]
-    for number, box in enumerate(boxes, start=1):
-        box["id"] = number
-    dataset = {"images": images, "categories": categories, "annotations": boxes}
+    names = {int(r["image_id"]) + 1: Path(r["file_name"]).name for r in records}
+    categories = {5 + 2 * number: name for number, name in enumerate(CLASSES)}
     file = voc.parent / "val.json"
+    dataset = coco_content(names, SIZE, boxes, categories)
     file.write_text(json.dumps(dataset))
 
     def make(network, seed, chance=0.6):
@@ -244,11 +217,9 @@ def make_coco_run(voc, make_voc_run):
             found = json.loads(path.read_text())
             path.unlink()
             if path.name == "detections.json":
-                rows = [
-                    {**row, "image_id": int(row["image_id"]) + 1}
-                    | {"category_id": 5 + 2 * row["category_id"]}
-                    for row in found
-                ]
+                rows = [{**row, "image_id": int(row["image_id"]) + 1} for row in found]
+                for row in rows:
+                    row["category_id"] = 5 + 2 * row["category_id"]
                 path.with_name("coco_instances_results.json").write_text(json.dumps(rows))
         numbers, classes = score_coco(dataset, rows)
         bbox = {key: 100 * value for key, value in numbers.items()}

@@ -14,6 +14,8 @@ from resnet_backbone.report.detector_runs import load_detector_runs
 from resnet_backbone.report.gain import find_gains, group_runs
 from resnet_backbone.report.plots import COLORS
 
+LOSSES = [{"iteration": i, "total_loss": 3 - 0.02 * i, "lr": 0.01} for i in range(100)]
+
 
 @pytest.fixture
 def groups(make_detector):
@@ -48,10 +50,8 @@ def test_curves():
     precision = np.zeros((2, 3, 5))
     precision[0, 0], precision[1, 0] = 1.0, 0.5
     precision[:, 2] = np.nan  # a class without ground truth
-    curves = [
-        plots.Curves("a", plots.OURS, precision),
-        plots.Curves("b", plots.REFERENCE, precision[:1]),
-    ]
+    curves = [plots.Curves("a", plots.OURS, precision)]
+    curves.append(plots.Curves("b", plots.REFERENCE, precision[:1]))
     (axes,) = plots.plot_mean_curves(curves, "recall", "precision").axes
     thin = [line.get_ydata()[0] for line in axes.lines]
     assert thin == [0.5, 0.25, 0.375, 0.5]  # two runs, their mean; a single run
@@ -71,9 +71,8 @@ def test_errors():
     assert share == {"correct": 40.0, "confusion": 25.0, "missed": 30.0}
     assert plots.error_shares([]) == {}
     other = dict(share, correct=20.0)
-    (axes,) = plots.plot_errors_by_kind(
-        {"a": [share, other], "b": [share]}, {"a": plots.OURS, "b": "red"}
-    ).axes
+    shares, colors = {"a": [share, other], "b": [share]}, {"a": plots.OURS, "b": "red"}
+    (axes,) = plots.plot_errors_by_kind(shares, colors).axes
     assert [bar.get_height() for bar in axes.patches] == [30.0, 25.0, 30.0, 40.0, 25.0, 30.0]
     assert [text.get_text() for text in axes.texts][:3] == ["30.0", "25.0", "30.0"]
 
@@ -130,12 +129,8 @@ def test_accuracy_and_time():
     assert {"0.5", "1", "2", "5", "10"} <= set(texts)
 
 
-def losses(count=100):
-    return [{"iteration": i, "total_loss": 3 - 0.02 * i, "lr": 0.01} for i in range(count)]
-
-
 def test_curves_command_line(tool, refused, metrics_file, tmp_path):
-    path, output = metrics_file(*losses(), name="a=b"), tmp_path / "new" / "c.png"
+    path, output = metrics_file(*LOSSES, name="a=b"), tmp_path / "new" / "c.png"
     assert parse_run(str(path.parent)) == (path, "a=b")
     assert parse_run(f"{path.parent}=my label") == (path, "my label")
     assert parse_run(f"{path}=x") == (path, "x")
@@ -157,6 +152,6 @@ def test_curves_command_line(tool, refused, metrics_file, tmp_path):
 def test_curves_do_not_need_detectron2(metrics_file, tmp_path):
     code = "import sys; sys.modules['detectron2'] = None; from resnet_backbone.cli import report; "
     code += "report.main(sys.argv[1:])"
-    words = ["curves", "--run", str(metrics_file(*losses())), "--output", str(tmp_path / "c.png")]
+    words = ["curves", "--run", str(metrics_file(*LOSSES)), "--output", str(tmp_path / "c.png")]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -55,12 +55,8 @@ def matches(truth, folder, class_id):
 
 def curve_by_loop(truth, folder, class_id, levels) -> list[float]:
     images = {image["image_id"]: image for image in truth.images}
-    objects = sum(
-        1
-        for image in truth.images
-        for kind, hard in zip(image["classes"], image["difficult"], strict=True)
-        if kind == class_id and not hard
-    )
+    pairs = [zip(i["classes"], i["difficult"], strict=True) for i in truth.images]
+    objects = sum(kind == class_id and not hard for image in pairs for kind, hard in image)
     taken, right, wrong, points = set(), 0, 0, []
     for _, image, place in matches(truth, folder, class_id):
         if place is not None and images[image]["difficult"][place]:
@@ -155,9 +151,9 @@ def test_resampling_equals_repeated_images(make_voc_run):
     for draw, row in enumerate(counts):
         images = [(place, copy) for place, count in enumerate(row) for copy in range(count)]
         objects = [{**truth.images[place], "image_id": f"{place} {n}"} for place, n in images]
+        keys = ("boxes", "scores", "classes")
         boxes = [
-            {key: run.found[key][run.found["image"] == place] for key in ("boxes", "scores")}
-            | {"classes": run.found["classes"][run.found["image"] == place]}
+            {key: run.found[key][run.found["image"] == place] for key in keys}
             | {"image_id": f"{place} {copy}"}
             for place, copy in images
         ]

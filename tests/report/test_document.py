@@ -12,6 +12,7 @@ import yaml
 pytest.importorskip("detectron2")
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from drawn_images import coco_content
 
 from resnet_backbone.detection.data.coco import scan_coco
 from resnet_backbone.detection.evaluation.imagenet import DETEvaluator
@@ -99,9 +100,8 @@ def test_report(write, runs, output, tmp_path):
     gain = sum(ap50["r50"]) / 3 - sum(ap50["vgg"]) / 2
     assert gain > 5 and f"**{gain:.2f} points of AP50 above** VGG-16-FPN (3 and 2 runs;" in text
     assert "\n\nCut from VOC.\n\n" in text
-    found = re.search(
-        r"Of \d+ objects, R-50-FPN finds \d+ that VGG-16-FPN misses, and .* finds (\d+) that", text
-    )
+    sentence = r"Of \d+ objects, R-50-FPN finds \d+ that VGG-16-FPN misses, and .* finds (\d+) that"
+    found = re.search(sentence, text)
     assert bool(int(found[1])) == ("VGG-16-FPN finds, R-50-FPN misses:" in text)
     assert "`python tools/train_net.py --voc-root $ROOT/VOC2007 --test-set test SEED 2`" in text
     assert re.search(r"\| R-50-FPN .*\d ± \d+\.\d+ \[\d+\.\d+, \d+\.\d+\] \|", text)
@@ -140,10 +140,8 @@ def test_a_baseline_alone_is_a_time_and_no_improvement(quick, write, write_rows,
 def test_seconds_of_the_runs_own_evaluations(quick, drawn, write, write_rows, make_voc_run):
     """Where no row of tools/evaluate_detector.py has measured the run; it says on what."""
     own = dict(images_at_a_time=2, hardware={"device": "cpu", "cpu": "Some CPU", "threads": 1})
-    runs = [
-        make_voc_run(name, seed, seconds_per_image=seconds, **own)
-        for name, seed, seconds in (("r50", 1, 0.5), ("r50", 2, 0.7), ("vgg", 1, 0.3))
-    ]
+    seconds = (("r50", 1, 0.5), ("r50", 2, 0.7), ("vgg", 1, 0.3))
+    runs = [make_voc_run(name, seed, seconds_per_image=s, **own) for name, seed, s in seconds]
     row = {**BASELINE, "seconds_per_image": 0.25, "run": str(runs[2])}
     text = write(runs, "--rows", write_rows(row))
     (points,) = drawn
@@ -201,22 +199,13 @@ def test_data_in_coco_format(quick, write, make_coco_run, output, voc):
 
 def test_imagenet_detection(quick, write, tool, make_detector, output, voc):
     """One of two cats is found at IoU 0.3, enough for its size; the dog is found at once."""
-    boxes = [(1, 0, 0, 10, 10, 1), (1, 100, 50, 90, 90, 1), (2, 0, 0, 50, 50, 3)]
+    boxes = [(1, (0, 0, 10, 10), 1, 0), (1, (100, 50, 190, 140), 1, 0), (2, (0, 0, 50, 50), 3, 0)]
     found = {
         1: [(0, 0, 10, 3, 0, 0.9), (0, 0, 10, 10, 0, 0.8)],
         2: [(0, 0, 50, 50, 2, 0.6), (0, 0, 50, 50, 0, 0.95)],
     }
-    annotations = [
-        {"id": number, "image_id": image, "bbox": box, "category_id": kind, "iscrowd": 0}
-        for number, (image, *box, kind) in enumerate(boxes, 1)
-    ]
-    images = [
-        {"id": number, "file_name": f"00000{number}.jpg", "width": 200, "height": 150}
-        for number in found
-    ]
-    names = [{"id": number, "name": name} for number, name in enumerate(("cat", "cow", "dog"), 1)]
-    file = voc.parent / "val2.json"
-    content = {"images": images, "annotations": annotations, "categories": names}
+    file, names = voc.parent / "val2.json", {number: f"00000{number}.jpg" for number in found}
+    content = coco_content(names, (200, 150), boxes, {1: "cat", 2: "cow", 3: "dog"})
     file.write_text(json.dumps(content))
     records, _ = scan_coco(str(file), str(voc / "JPEGImages"))
     DatasetCatalog.register("det_report", lambda: records)
@@ -226,9 +215,8 @@ def test_imagenet_detection(quick, write, tool, make_detector, output, voc):
     config = {"RESNET_BACKBONE.TEST": {"METRIC": "imagenet_det"}}
     run = make_detector("det", 1, {}, config=config)
     evaluator = DETEvaluator("det_report", str(run / "inference/test:test"))
-    bbox = evaluator.score(
-        {image: (t[:, :4], t[:, 5], t[:, 4].astype(int)) for image, t in tables.items()}
-    )["bbox"]
+    found = {image: (t[:, :4], t[:, 5], t[:, 4].astype(int)) for image, t in tables.items()}
+    bbox = evaluator.score(found)["bbox"]
     assert bbox["AP50"] == pytest.approx(62.5)  # see test_det_by_hand
     results = json.loads((run / "results.json").read_text())
     results |= {"command": f"resnet-backbone train-net {data}", "results": {"bbox": bbox}}
@@ -256,10 +244,8 @@ def test_all_or_nothing(tool, runs, output, monkeypatch):
 def test_errors_take_one_line(quick, tool, runs, output, tmp_path):
     twice = tmp_path / "again"
     shutil.copytree(runs[0], twice)
-    for given, message in (
-        ([*runs, twice], "the same recipe and seed 1"),
-        ([tmp_path], "has no results.json"),
-    ):
+    same = "the same recipe and seed 1"
+    for given, message in (([*runs, twice], same), ([tmp_path], "has no results.json")):
         status, _, error = tool("detection", "--run", *given, "--output", output)
         line = error.strip().splitlines()[-1]
         assert status == 2 and message in line and line.startswith("error: ")

@@ -37,16 +37,12 @@ def test_tables(tmp_path):
     assert predictions[0][:7] == header.split()
     assert predictions[2][:7] == ["1", "image 1", "0", "cat", "3", "class 3", "0.6"]
     assert len(predictions) == 4 and len(predictions[1]) == 4 + 3 * 4
-    assert rows(tmp_path / "new" / "per_class.csv") == [
-        ["class", "name", "images", "top1_error"],
-        ["0", "cat", "2", "50.0000"],
-        ["1", 'dog, "big"', "2", "50.0000"],
-    ]
-    assert rows(tmp_path / "new" / "confusion.csv") == [
-        ["label \\ predicted", "cat", 'dog, "big"', "class 3"],
-        ["cat", "1", "0", "1"],
-        ['dog, "big"', "0", "1", "0"],
-    ]
+    header, cat, dog = rows(tmp_path / "new" / "per_class.csv")
+    assert header == ["class", "name", "images", "top1_error"]
+    assert cat == ["0", "cat", "2", "50.0000"] and dog == ["1", 'dog, "big"', "2", "50.0000"]
+    header, cat, dog = rows(tmp_path / "new" / "confusion.csv")
+    assert header == ["label \\ predicted", "cat", 'dog, "big"', "class 3"]
+    assert cat == ["cat", "1", "0", "1"] and dog == ['dog, "big"', "0", "1", "0"]
     with Image.open(tmp_path / "new" / "confusion.png") as picture:
         assert min(picture.size) > 300
 
@@ -64,12 +60,9 @@ def test_picture_of_a_detectors_confusion():
     axes = plot_confusion(confusion, ["cat", "cow", "dog"], detected=True).axes[0]
     found = axes.images[0].get_array().tolist()
     assert found == [[75, 12.5, 12.5, 0], [0, 50, 25, 25], [75, 0, 0, 25]]
-    columns, names = (
-        [label.get_text() for label in labels]
-        for labels in (axes.get_xticklabels(), axes.get_yticklabels())
-    )
-    assert columns == ["cat", "dog", "missed", "others"]
-    assert names == ["cat (8)", "dog (2)", "background (2)"]
+    columns, names = axes.get_xticklabels(), axes.get_yticklabels()
+    assert [label.get_text() for label in columns] == ["cat", "dog", "missed", "others"]
+    assert [label.get_text() for label in names] == ["cat (8)", "dog (2)", "background (2)"]
 
 
 @pytest.mark.parametrize("classes, named", [(25, True), (100, False)])

@@ -91,10 +91,8 @@ def test_plain_and_residual_networks_have_panels_and_depths_have_colors(make_run
 
 
 def test_one_family_or_together_is_one_panel(make_run):
-    runs = [
-        load_run(make_run(name, f"cifar10/{name}", metrics=rows()))
-        for name in ("plain20", "resnet20")
-    ]
+    names = ("plain20", "resnet20")
+    runs = [load_run(make_run(name, f"cifar10/{name}", metrics=rows())) for name in names]
     assert len(plot_errors(runs[:1], [""]).axes) == 1
     (axes,) = plot_errors(runs, ["", ""], together=True).axes
     test = curves_of(axes, "-")

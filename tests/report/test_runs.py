@@ -11,8 +11,7 @@ from resnet_backbone.report.gain import group_runs
 from resnet_backbone.report.runs import load_metrics, smooth
 
 AP = {"cat": 20.0, "dog": 40.0}
-
-
+LOSSES = [{"iteration": i, "total_loss": 3 - 0.02 * i, "lr": 0.01} for i in range(3)]
 DC5 = {"MODEL.BACKBONE.NAME": "build_paper_resnet_backbone", "MODEL.RESNETS.DEPTH": 101}
 DC5["MODEL.ROI_HEADS.IN_FEATURES"] = ["res5"]
 
@@ -90,9 +89,8 @@ def test_an_early_end_does_not_separate_seeds(make_detector):
     config = {"SOLVER.MAX_ITER": 600}
     early = make_detector("b", 2, AP, config=config, results={"iterations": 400})
     (group,) = groups(make_detector("a", 1, AP, config=config), early)
-    assert [run.seed for run in group.runs] == [1, 2] and "| 400 to 600 |" in results_section(
-        [group], []
-    )
+    assert [run.seed for run in group.runs] == [1, 2]
+    assert "| 400 to 600 |" in results_section([group], [])
 
 
 def test_vgg_comes_first(make_detector):
@@ -153,12 +151,8 @@ def test_broken_folders(make_detector):
         load_detector_run(folder)
 
 
-def losses(count=100):
-    return [{"iteration": i, "total_loss": 3 - 0.02 * i, "lr": 0.01} for i in range(count)]
-
-
 def test_load(metrics_file):
-    path = metrics_file(*losses(3), {"iteration": 2, "bbox/AP50": 41.5, "note": "text"})
+    path = metrics_file(*LOSSES, {"iteration": 2, "bbox/AP50": 41.5, "note": "text"})
     metrics = load_metrics(path)
     assert set(metrics) == {"iteration", "total_loss", "lr", "bbox/AP50"}
     assert [a.tolist() for a in metrics["total_loss"]] == [[0, 1, 2], [3, 2.98, 2.96]]
@@ -167,13 +161,13 @@ def test_load(metrics_file):
 
 def test_resumed_run_keeps_the_last_value(metrics_file):
     again = [{"iteration": i, "total_loss": 9.0} for i in (1, 2, 3)]
-    metrics = load_metrics(metrics_file(*losses(3), *again))
+    metrics = load_metrics(metrics_file(*LOSSES, *again))
     assert [a.tolist() for a in metrics["total_loss"]] == [[0, 1, 2, 3], [3, 9, 9, 9]]
 
 
 @pytest.mark.parametrize("tail", ['{"iteration": 3, "total_l', "17\n", '{"total_loss": 1}\n', "\n"])
 def test_incomplete_lines_are_skipped(metrics_file, tail, caplog):
-    metrics = load_metrics(metrics_file(*losses(3), tail=tail))
+    metrics = load_metrics(metrics_file(*LOSSES, tail=tail))
     assert metrics["total_loss"][0].tolist() == [0, 1, 2]
     assert ("line 4 is incomplete" in caplog.text) == bool(tail.strip())
 

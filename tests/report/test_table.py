@@ -20,11 +20,9 @@ PAPER = {
     **{"resnet152": "21.43 / 5.71", "plain18": "27.94 / -", "plain34": "28.54 / 10.02"},
     "vgg16": "28.07 / 9.33",
 }
-PAPER_34 = {
-    "A": ("25.03 / 7.76", ""),
-    "B": ("24.52 / 7.46", "21.84 / 5.71"),
-    "C": ("24.19 / 7.40", "21.53 / 5.60"),
-}
+PAPER_34 = {"A": ("25.03 / 7.76", ""), "B": ("24.52 / 7.46", "21.84 / 5.71")}
+PAPER_34["C"] = ("24.19 / 7.40", "21.53 / 5.60")
+SHOWN = "python tools/t.py configs/a.yaml $ROOT/x $ROOT/y/z"  # a command without folders
 
 
 def test_published_numbers():
@@ -82,10 +80,7 @@ def test_lengths_of_the_recipes():
     [
         ("/a/b/tools/train_net.py --x ../y/z", "python tools/train_net.py --x ../y/z"),
         ("python tools/t.py -w=/a/w.pth K '(1, 2)'", "python tools/t.py -w=$ROOT/w.pth K '(1, 2)'"),
-        (
-            "/p/tools/t.py /p/configs/a.yaml /d/x /d/y/z",
-            "python tools/t.py configs/a.yaml $ROOT/x $ROOT/y/z",
-        ),
+        ("/p/tools/t.py /p/configs/a.yaml /d/x /d/y/z", SHOWN),
         ("python tools/t.py detectron2://a/b.pkl", "python tools/t.py detectron2://a/b.pkl"),
     ],
 )
@@ -100,9 +95,8 @@ def test_two_files_do_not_look_alike(tmp_path):
         file.parent.mkdir()
         file.write_text(file.parent.name)
     (tmp_path / "tools").mkdir()
-    (tmp_path / "tools" / "t.py").write_text(
-        "import sys; print([open(f.rpartition('=')[2]).read() for f in sys.argv[1:]])"
-    )
+    code = "import sys; print([open(f.rpartition('=')[2]).read() for f in sys.argv[1:]])"
+    (tmp_path / "tools" / "t.py").write_text(code)
     command = shlex.join([f"{tmp_path}/tools/t.py", str(files[0]), f"data.root={files[1]}"])
     other = f"tools/t.py {tmp_path.parent}/other"
     shown = show_commands([command, other])[command]
@@ -154,10 +148,8 @@ def test_cifar10_rows(cells, runs):
 
 def test_every_run_stands_with_its_command(runs):
     table = results_table(runs("cifar10/resnet20", {1: 8.1, 2: 8.3}))
-    assert (
-        "- ResNet-20, seed 2: 8.30 %; `python tools/train_classifier.py data.root=$ROOT/x "
-        "train.seed=2`; a CPU, 2 threads; 2025-01-02"
-    ) in table
+    command = "`python tools/train_classifier.py data.root=$ROOT/x train.seed=2`"
+    assert f"- ResNet-20, seed 2: 8.30 %; {command}; a CPU, 2 threads; 2025-01-02" in table
     assert "secret" not in table and "/home" not in table
 
 
@@ -167,11 +159,8 @@ def test_shortened_runs_and_the_45k_split_are_marked(cells, runs):
     whole = runs("cifar10/resnet20", {1: 8.4})
     header, _, *rows = cells(results_table([*short, *split, *whole]))
     remarks = {row[header.index("**ours**")]: row[header.index("remark")] for row in rows}
-    assert remarks == {
-        "12.00": "**shortened**: the recipe has 64,000",
-        "8.90": "45k/5k split",
-        "8.40": "",
-    }
+    shortened = "**shortened**: the recipe has 64,000"
+    assert remarks == {"12.00": shortened, "8.90": "45k/5k split", "8.40": ""}
     assert [row[header.index("iterations")] for row in rows] == ["64,000", "64,000", "6,400"]
 
 
