@@ -130,8 +130,7 @@ def test_compiled_code_takes_no_weights():
     assert all(torch.equal(value, before[key]) for key, value in detector.state_dict().items())
 
 
-def test_a_feature_pyramid_of_detectron2_takes_the_precision_as_a_whole():
-    pytest.importorskip("detectron2")
+def test_a_feature_pyramid_of_detectron2_takes_the_precision_as_a_whole(detectron2):
     from resnet_backbone.detection.config import load_config
     from resnet_backbone.detection.engine.trainer import Trainer
 

@@ -27,15 +27,14 @@ def outputs_and_gradients(function, x, module=None):
     return [y.detach(), *torch.autograd.grad((y * weights).sum(), [x, *parameters])]
 
 
+OPTIONS = [dict(norm="FrozenBN"), dict(norm=""), dict(norm="FrozenBN", activation="prelu")]
 # Projections of pooled bins, or bins pooled from projections: the same to rounding.
 # 7x7 bins each, a map of 60 cells: two regions have more bins than the map has cells.
 POOL = RegionAlign((14, 14), 1 / 16, 0, stride=2)
 REGIONS = torch.tensor([[0, 5, 9, 130, 90], [0, -40, -40, 30, 200], [0, 70, 60, 75, 66.0]])
 
 
-@pytest.mark.parametrize(
-    "options", [dict(norm="FrozenBN"), dict(norm=""), dict(norm="FrozenBN", activation="prelu")]
-)
+@pytest.mark.parametrize("options", OPTIONS)
 def test_projections_are_the_same_function(options):
     stage = folding_stage(**options).double()
     maps = torch.randn(1, 64, 6, 10, dtype=torch.float64)

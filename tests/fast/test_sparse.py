@@ -94,15 +94,10 @@ def test_bf16_is_as_exact_as_the_dense_pass():
 def test_what_can_be_sparse():
     x, conv = torch.rand(1, 4, 8, 8), nn.Conv2d(4, 4, 3, padding=1)
     assert can_be_sparse(conv, x)
-    others = [
-        nn.Conv2d(4, 4, 3),
-        nn.Conv2d(4, 4, 1, padding=1),
-        nn.Conv2d(4, 4, 3, padding=1, stride=2),
-        nn.Conv2d(4, 4, 3, padding=1, groups=2),
-        nn.Conv2d(4, 4, 3, padding=1, dilation=2),
-        nn.Conv2d(4, 4, 3, padding=1, bias=False),
-        nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
-    ]
+    changes = [dict(stride=2), dict(groups=2), dict(dilation=2), dict(bias=False)]
+    changes += [dict(padding=0), dict(padding_mode="reflect"), dict(kernel_size=1)]
+    plain = dict(in_channels=4, out_channels=4, kernel_size=3, padding=1)
+    others = [nn.Conv2d(**{**plain, **change}) for change in changes]
     normed = copy.deepcopy(conv)
     normed.norm = nn.BatchNorm2d(4)
     assert not any(can_be_sparse(other, x) for other in [*others, normed])

@@ -8,6 +8,8 @@ from torch.utils.data import DataLoader, Dataset
 from resnet_backbone.runtime import errors
 from resnet_backbone.runtime.errors import one_line_errors, outcome
 
+NO_FOLDER = f"{__file__} is a file, not a folder"
+
 
 @pytest.mark.parametrize(
     "error, status, line",
@@ -20,25 +22,13 @@ from resnet_backbone.runtime.errors import one_line_errors, outcome
         ),
         (OSError(errno.ENOENT, "?", b"x.pth"), 2, "error: x.pth does not exist: check the path"),
         (OSError(errno.EIO, "Input/output error", "x"), 2, "x cannot be used (Input/output"),
-        (
-            OSError(errno.ENOTDIR, "?", f"{__file__}/x/y"),
-            2,
-            f"y: {__file__} is a file, not a folder",
-        ),
-        (
-            FileExistsError(errno.EEXIST, "?", __file__),
-            2,
-            f"error: {__file__} is a file, not a fol",
-        ),
+        (OSError(errno.ENOTDIR, "?", f"{__file__}/x/y"), 2, f"y: {NO_FOLDER}"),
+        (FileExistsError(errno.EEXIST, "?", __file__), 2, f"error: {NO_FOLDER}"),
         (ImportError("pip install it"), 2, "error: pip install it"),
         (errors.UnexpectedResults("AP is 1"), 1, "error: AP is 1"),
         (errors.TrainingDiverged("the loss is nan"), 3, "error: the loss is nan"),
         (FloatingPointError("boxes\nare nan"), 3, "error: boxes are nan"),
-        (
-            errors.Stopped("SIGTERM"),
-            75,
-            "stopped by SIGTERM; run the same command again, a trainin",
-        ),
+        (errors.Stopped("SIGTERM"), 75, "by SIGTERM; run the same command again, a training"),
     ],
 )
 def test_statuses(capsys, monkeypatch, error, status, line):

@@ -13,14 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from resnet_backbone.runtime import images as module
-from resnet_backbone.runtime.images import (
-    BadImage,
-    EncodedImage,
-    decode,
-    is_plain_jpeg,
-    partial_decoding,
-    read_rgb,
-)
+from resnet_backbone.runtime.images import BadImage, EncodedImage, decode, is_plain_jpeg
 
 
 def by_pillow(data) -> np.ndarray:
@@ -199,10 +192,10 @@ def test_bad_files_say_why_and_where(tmp_path, content, reason):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(BadImage, match=reason) as caught:
-        read_rgb(path)
+        module.read_rgb(path)
     assert caught.value.path == str(path) and "\n" not in str(caught.value)
     with pytest.raises(BadImage, match="directory"):
-        read_rgb(tmp_path)
+        module.read_rgb(tmp_path)
 
 
 @given(st.binary(max_size=200), st.booleans())
@@ -222,7 +215,7 @@ def test_real_images_equal_pillow(data_root):
     paths = sorted((data_root / "VOCdevkit/VOC2007/JPEGImages").glob("*.jpg"))[::80]
     assert paths
     for path in paths:
-        np.testing.assert_array_equal(read_rgb(path), by_pillow(path.read_bytes()))
+        np.testing.assert_array_equal(module.read_rgb(path), by_pillow(path.read_bytes()))
 
 
 JPEG = encoded(picture(120, 150), quality=90)
@@ -236,7 +229,7 @@ def whole_decodes(monkeypatch):
     return calls
 
 
-@pytest.mark.skipif(not partial_decoding(), reason="nvidia-nvimgcodec is not installed")
+@pytest.mark.skipif(not module.partial_decoding(), reason="nvidia-nvimgcodec is not installed")
 def test_plain_jpegs_are_decoded_in_part(whole_decodes):
     EncodedImage(JPEG).region(10, 10, 60, 60)
     assert not whole_decodes

@@ -108,16 +108,11 @@ FILE = CONFIGS / "detection" / "voc" / "faster_rcnn_R_50_FPN.yaml"
 MEANT = "did you mean voc/faster_rcnn_R_50_FPN?"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "voc/faster_rcnn_R_50_FPN",
-        "voc/faster_rcnn_R_50_FPN.yaml",
-        "detection/voc/faster_rcnn_R_50_FPN",
-        "configs/detection/voc/faster_rcnn_R_50_FPN.yaml",
-        FILE,
-    ],
-)
+NAMES = """voc/faster_rcnn_R_50_FPN voc/faster_rcnn_R_50_FPN.yaml
+    detection/voc/faster_rcnn_R_50_FPN configs/detection/voc/faster_rcnn_R_50_FPN.yaml"""
+
+
+@pytest.mark.parametrize("name", [*NAMES.split(), FILE])
 def test_names(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_config(name, "detection") == FILE
