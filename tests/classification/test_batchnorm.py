@@ -11,12 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from resnet_backbone.classification.batch_norm import (
-    LAYER_INPUTS,
-    Moments,
-    TrainingImages,
-    recompute_statistics,
-)
+from resnet_backbone.classification import batch_norm
+from resnet_backbone.classification.batch_norm import Moments, recompute_statistics
 from resnet_backbone.classification.data.sources import ArraySource, Batch, SampleStream
 from resnet_backbone.models import FrozenBatchNorm2d, build_model
 from resnet_backbone.runtime.errors import UsageError
@@ -172,7 +168,7 @@ def test_merged_moments_are_those_of_all_values(sizes, offset, seed):
 
 def statistics(world, parts):
     found = {}
-    for layer_inputs in LAYER_INPUTS:
+    for layer_inputs in batch_norm.LAYER_INPUTS:
         model, options = small(), dict(layer_inputs=layer_inputs, world=world)
         report = recompute_statistics(model, parts[world.rank], **options)
         found[layer_inputs] = report, model.state_dict()
@@ -201,7 +197,7 @@ def test_training_images_are_each_there_once(world_size, count):
         stream, calls = SampleStream(29, 12, 5, rank, world_size), []
         source = ArraySource(images, torch.arange(29), stream, augmentation="none")
         note = partial(calls.append, 1)
-        batches = list(TrainingImages(source, count, 12, World(rank, world_size), note))
+        batches = list(batch_norm.TrainingImages(source, count, 12, World(rank, world_size), note))
         assert all(len(batch.images) == len(batch.labels) > 0 for batch in batches)
         assert len(calls) == -(-(count or 29) // 12)
         seen += [label for batch in batches for label in batch.labels.tolist()]

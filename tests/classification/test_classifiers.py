@@ -11,18 +11,7 @@ import pytest
 import torch
 
 from resnet_backbone.classification import networks as module
-from resnet_backbone.classification.networks import (
-    STATE,
-    WEIGHTS,
-    Checkpoints,
-    NetworkSpec,
-    checkpoints_in,
-    describe,
-    load_network,
-    read_class_names,
-    read_spec,
-    save_network,
-)
+from resnet_backbone.classification.networks import STATE, WEIGHTS, NetworkSpec, describe
 from resnet_backbone.models import build_model
 from resnet_backbone.runtime.processes import World
 from resnet_backbone.runtime.records import RunFolder
@@ -32,7 +21,7 @@ SPEC = NetworkSpec("cifar_resnet8", 10, {"shortcut": "B"})
 INPUT = Preprocessing("RGB", 255.0, (120.0, 121.0, 122.0), (1.0, 1.0, 1.0), source="test")
 
 
-make = partial(Checkpoints, spec=SPEC, preprocessing=INPUT)
+make = partial(module.Checkpoints, spec=SPEC, preprocessing=INPUT)
 
 
 def same_weights(model, other) -> bool:
@@ -40,7 +29,7 @@ def same_weights(model, other) -> bool:
 
 
 def iterations(kept):
-    return [int(path.name) for path in checkpoints_in(kept.run)]
+    return [int(path.name) for path in module.checkpoints_in(kept.run)]
 
 
 def test_newest_and_multiples_stay(tmp_path):
@@ -58,8 +47,8 @@ def test_weights_carry_network_and_input(tmp_path):
     model, kept = SPEC.build(), make(tmp_path)
     kept.preprocessing = replace(INPUT, mean_image=torch.rand(3, 32, 32) * 255)
     path = kept.save(5, model, {}) / WEIGHTS
-    assert read_spec(path) == SPEC
-    again = read_spec(path).build()
+    assert module.read_spec(path) == SPEC
+    again = module.read_spec(path).build()
     found = load_weights(again, path)
     assert found == INPUT and torch.equal(found.mean_image, kept.preprocessing.mean_image)
     assert same_weights(again, model)
@@ -116,12 +105,12 @@ def test_other_libraries_networks(tmp_path, name):
     model = spec.build()
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
     path = tmp_path / "w.safetensors"
-    save_network(path, model, spec, describe(model, INPUT))
-    again = read_spec(path).build()
-    load_network(again, path)
+    module.save_network(path, model, spec, describe(model, INPUT))
+    again = module.read_spec(path).build()
+    module.load_network(again, path)
     assert same_weights(again, model)
     with pytest.raises(WeightsError, match="another network"):
-        load_network(NetworkSpec(name, 8).build(), path)
+        module.load_network(NetworkSpec(name, 8).build(), path)
 
 
 @pytest.mark.parametrize(
@@ -176,10 +165,10 @@ def test_fine_tuning_takes_all_but_the_last_layer(tmp_path, name):
     trained, model = source.build(), target.build()
     head = [key for key in model.state_dict() if key.split(".")[0] in HEADS]
     before = {key: model.state_dict()[key].clone() for key in head}
-    save_network(tmp_path / "w.safetensors", trained, source, INPUT, class_names="abcdefg")
+    module.save_network(tmp_path / "w.safetensors", trained, source, INPUT, class_names="abcdefg")
     with pytest.raises(WeightsError):
-        load_network(model, tmp_path / "w.safetensors")
-    tune = partial(load_network, path=tmp_path / "w.safetensors", new_head=True)
+        module.load_network(model, tmp_path / "w.safetensors")
+    tune = partial(module.load_network, path=tmp_path / "w.safetensors", new_head=True)
     with pytest.raises(WeightsError, match="file is a .*, this network is a cifar_resnet14"):
         tune(build_model("cifar_resnet14"))
     with pytest.raises(WeightsError, match="Sequential has no linear head to leave out"):
@@ -188,4 +177,4 @@ def test_fine_tuning_takes_all_but_the_last_layer(tmp_path, name):
     for key, value in model.state_dict().items():
         wanted = before[key] if key in before else trained.state_dict()[key]
         assert torch.equal(value, wanted), key
-    assert len(head) == 2 and read_class_names(tmp_path / "w.safetensors") == list("abcdefg")
+    assert len(head) == 2 and module.read_class_names(tmp_path / "w.safetensors") == list("abcdefg")

@@ -7,16 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resnet_backbone.classification.config import (
-    KEYS,
-    Config,
-    ScheduleConfig,
-    differences,
-    hint_for,
-    load_config,
-    scale_schedule,
-    to_yaml,
-)
+from resnet_backbone.classification import config as module
+from resnet_backbone.classification.config import KEYS, load_config, to_yaml
 from resnet_backbone.classification.run import check_processes, count_epochs
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.processes import World
@@ -140,15 +132,16 @@ def test_bad_files_are_named(tmp_path):
 
 @given(st.floats(1e-3, 10), st.integers(1, 10**6))
 def test_scale_shortens_everything_alike_and_once(scale, iterations):
-    schedule = ScheduleConfig(iterations, scale, milestones=[iterations // 2], warmup_iterations=9)
-    scale_schedule(schedule)
+    options = dict(milestones=[iterations // 2], warmup_iterations=9)
+    schedule = module.ScheduleConfig(iterations, scale, **options)
+    module.scale_schedule(schedule)
     assert schedule.iterations == max(1, round(iterations * scale))
     middle = round(iterations // 2 * scale)  # a very short schedule has no drop
     is_inside = 0 < middle < schedule.iterations or scale == 1
     assert schedule.milestones == [middle] * is_inside
     assert schedule.warmup_iterations == round(9 * scale)
     before = asdict(schedule)
-    scale_schedule(schedule)
+    module.scale_schedule(schedule)
     assert schedule.scale == 1 and asdict(schedule) == before
 
 
@@ -157,16 +150,16 @@ def test_printed_config_reads_back(tmp_path):
     config = load_config([], [*common, "schedule.scale=0.5", "train.seed=9"])
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     again = load_config([tmp_path / "c.yaml"])
-    assert asdict(again) == asdict(config) and differences(again, config) == []
+    assert asdict(again) == asdict(config) and module.differences(again, config) == []
     other = load_config([], common)
-    assert differences(config, other) == ["schedule.iterations", "train.seed"]
+    assert module.differences(config, other) == ["schedule.iterations", "train.seed"]
 
 
 def test_every_key_is_reachable():
     assert len(KEYS) > 50
     for name in KEYS:
-        attrgetter(name)(Config())
-        assert hint_for(name + "s") == f"did you mean {name}?"
+        attrgetter(name)(module.Config())
+        assert module.hint_for(name + "s") == f"did you mean {name}?"
 
 
 def test_all_problems_are_told_at_once():

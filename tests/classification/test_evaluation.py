@@ -164,14 +164,12 @@ def test_a_gpu_gives_the_same_scores():
 
 SAME = {"clean": {}, "one bad image": {"bad": [4]}, "fewer images than processes": {"count": 1}}
 TOO_MANY = "folder/1.jpg: damaged (and 1 more)"
+TWICE = "46 of 23 images were evaluated, 23 of them different"
 REFUSED = {
     "one too many on one process": ({"bad": [1, 3]}, TOO_MANY),
     "one on each, together too many": ({"bad": [1, 2]}, TOO_MANY),
     "labels that one process has": ({"classes": 11, "count": 8}, "label 10, but the network has"),
-    "not sharded": (
-        {"rank": 0, "world": 1},
-        "46 of 23 images were evaluated, 23 of them different",
-    ),
+    "not sharded": ({"rank": 0, "world": 1}, TWICE),
 }
 
 

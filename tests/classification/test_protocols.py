@@ -11,17 +11,8 @@ from torch.nn import functional as F
 from torchvision import transforms
 from torchvision.models import squeezenet1_1
 
-from resnet_backbone.classification.protocols import (
-    POOLINGS,
-    PROTOCOLS,
-    SOFTMAXES,
-    Center,
-    Dense,
-    Full,
-    Member,
-    TenCrop,
-    center_crop,
-)
+from resnet_backbone.classification import protocols as module
+from resnet_backbone.classification.protocols import Center, Dense, Full, Member, TenCrop
 from resnet_backbone.models import build_model, vgg
 from resnet_backbone.weights import Preprocessing
 from resnet_backbone.weights.preprocessing import InputNormalizer
@@ -54,7 +45,7 @@ class Probe(nn.Module):
 @given(st.integers(8, 17), st.integers(8, 17))
 def test_the_center_is_that_of_torchvision(height, width):
     image = images(3, height, width)
-    assert torch.equal(center_crop(image, 8), transforms.CenterCrop(8)(image))
+    assert torch.equal(module.center_crop(image, 8), transforms.CenterCrop(8)(image))
 
 
 def test_ten_crop_averages_softmax_scores():
@@ -166,7 +157,8 @@ def test_dense_equals_loops_over_positions(make, monkeypatch):
     scaled = [images(2, 3, size, larger, seed=1), images(2, 3, larger, larger + 3, seed=2)]
     results = {}
     with torch.no_grad():
-        for pooling, softmax, flip in itertools.product(POOLINGS, SOFTMAXES, [False, True]):
+        choices = itertools.product(module.POOLINGS, module.SOFTMAXES, [False, True])
+        for pooling, softmax, flip in choices:
             protocol = Dense((size, larger), flip, pooling, softmax, window)
             scores = protocol.score(Member(model, normalizer), scaled)
             expected = dense_by_hand(model, normalizer, scaled, protocol)
@@ -186,10 +178,7 @@ def test_dense_equals_loops_over_positions(make, monkeypatch):
         (lambda: TenCrop(200, 224), "crop of 224 does not fit into a short side of 200"),
         (lambda: Dense(()), "give positive ones"),
         (lambda: Dense(pooling="max"), "has no option 'max': use sliding, global_pool"),
-        (
-            lambda: Dense(softmax="never"),
-            "has no option 'never': use per_position, per_view, at_end",
-        ),
+        (lambda: Dense(softmax="never"), "option 'never': use per_position, per_view, at_end"),
     ],
 )
 def test_impossible_settings(make, message):
@@ -250,7 +239,7 @@ def test_members_run_as_they_are_told():
 
 
 def test_settings_name_every_choice():
-    assert set(PROTOCOLS) == {"full", "center", "ten_crop", "dense"}
+    assert set(module.PROTOCOLS) == {"full", "center", "ten_crop", "dense"}
     expected = {"resize": 256, "crop": 224, "interpolation": "bilinear"}
     assert Center().settings() == {"name": "center", **expected}
     assert Center().short_sides == TenCrop().short_sides == (256,)

@@ -10,24 +10,14 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from resnet_backbone.classification.config import DataConfig
-from resnet_backbone.classification.data.augment import (
-    AXES,
-    SCALINGS,
-    BatchMixer,
-    CenterCrop,
-    Crop,
-    InceptionAugmentation,
-    PaperAugmentation,
-    Span,
-    color_shift,
-    draw_crop,
-    draw_inception_crop,
-    resize_crop,
-    resize_short_side,
-    resized_shape,
-)
+from resnet_backbone.classification.data import augment as module
+from resnet_backbone.classification.data.augment import BatchMixer, draw_crop, resize_crop
 from resnet_backbone.classification.data.sources import sample_rng
 from resnet_backbone.runtime.images import EncodedImage
+
+# Published standard deviations of the noise; the boxes of images with extreme shapes.
+STDS = {"cuda_convnet": (12.2, 3.7, 2.0), "fb_resnet_torch": (5.5, 0.48, 0.11)}
+CENTERS = {(1, 400): (0, 199, 1, 200), (400, 1): (199, 0, 200, 1), (1, 1): (0, 0, 1, 1)}
 
 
 def pixels(height, width, seed=0, coarse=12) -> np.ndarray:
@@ -59,8 +49,8 @@ def test_resizing_is_torchvisions(height, width, size):
         return
     tensor = tensor_of(pixels(height, width))
     expected = v2.functional.resize(tensor, [size], antialias=True)
-    assert resized_shape(height, width, size) == tuple(expected.shape[1:])
-    assert torch.equal(resize_short_side(tensor, size), expected)
+    assert module.resized_shape(height, width, size) == tuple(expected.shape[1:])
+    assert torch.equal(module.resize_short_side(tensor, size), expected)
 
 
 @given(st.integers(3, 900), st.integers(3, 900), st.integers(0, 10**6))
@@ -79,8 +69,8 @@ def test_a_region_as_long_as_its_result_is_resized_all_the_same(short_side):
     """torch leaves out the resizing of an axis whose length stays the same."""
     array = pixels(short_side, short_side + 30, coarse=80)
     scale = short_side / 256
-    for span in (Span(0, 0, scale), Span(int(short_side - 225 * scale), 1, scale)):
-        crop = Crop(span, span)
+    for span in (module.Span(0, 0, scale), module.Span(int(short_side - 225 * scale), 1, scale)):
+        crop = module.Crop(span, span)
         found = difference(resize_crop(image_of(array), crop), by_pillow(array, crop, 224))
         assert found.max() <= 2, span
 
@@ -120,7 +110,7 @@ def test_geometry_on_real_images(data_root):
 
 def test_areas_and_shapes_are_those_asked_for():
     rng = np.random.default_rng(0)
-    boxes = np.array([draw_inception_crop(300, 400, rng) for _ in range(3000)])
+    boxes = np.array([module.draw_inception_crop(300, 400, rng) for _ in range(3000)])
     heights, widths = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     areas, ratios = heights * widths / 120_000, widths / heights
     assert boxes.min() >= 0 and boxes[:, 2].max() <= 300 and boxes[:, 3].max() <= 400
@@ -128,12 +118,9 @@ def test_areas_and_shapes_are_those_asked_for():
     assert 0.72 < ratios.min() < 0.78 and 1.3 < ratios.max() < 1.38
 
 
-@pytest.mark.parametrize(
-    "size, box",
-    [((1, 400), (0, 199, 1, 200)), ((400, 1), (199, 0, 200, 1)), ((1, 1), (0, 0, 1, 1))],
-)
+@pytest.mark.parametrize("size, box", CENTERS.items())
 def test_extreme_shapes_fall_back_to_the_center(size, box):
-    assert tuple(draw_inception_crop(*size, np.random.default_rng(0))) == box
+    assert tuple(module.draw_inception_crop(*size, np.random.default_rng(0))) == box
 
 
 ARRAY = pixels(300, 400)
@@ -147,62 +134,59 @@ def image() -> EncodedImage:
 def test_flip_is_a_mirror_image_and_half_of_all(image):
     flips = 0
     for index in range(60):
-        never, half, always = (
-            PaperAugmentation(flip=share)(image, sample_rng(1, 0, index)).image
-            for share in (0.0, 0.5, 1.0)
-        )
+        augments = (module.PaperAugmentation(flip=share) for share in (0.0, 0.5, 1.0))
+        never, half, always = (made(image, sample_rng(1, 0, index)).image for made in augments)
         assert torch.equal(never.flip(2), always) and not torch.equal(never, always)
         flips += torch.equal(half, always)
     assert 15 < flips < 45
 
 
 def test_the_result_is_ready_to_be_sent(image):
-    pixels, shift = PaperAugmentation()(image, sample_rng(0, 0, 0))
+    pixels, shift = module.PaperAugmentation()(image, sample_rng(0, 0, 0))
     assert pixels.shape == (3, 224, 224) and pixels.dtype == torch.uint8 and pixels.is_contiguous()
     assert shift.shape == (3,) and shift.dtype == np.float32
-    assert PaperAugmentation(color_noise="none")(image, sample_rng(0, 0, 0)).shift is None
+    assert module.PaperAugmentation(color_noise="none")(image, sample_rng(0, 0, 0)).shift is None
 
 
-@pytest.mark.parametrize(
-    "name, expected", [("cuda_convnet", (12.2, 3.7, 2.0)), ("fb_resnet_torch", (5.5, 0.48, 0.11))]
-)
+@pytest.mark.parametrize("name, expected", STDS.items())
 def test_noise_has_the_published_standard_deviations(name, expected):
     rng = np.random.default_rng(0)
-    shifts = np.stack([color_shift(name, rng) for _ in range(4000)])
-    along = shifts @ AXES  # the axes are orthonormal
+    shifts = np.stack([module.color_shift(name, rng) for _ in range(4000)])
+    along = shifts @ module.AXES  # the axes are orthonormal
     np.testing.assert_allclose(along.std(0), expected, rtol=0.1)
     assert np.abs(along.mean(0)).max() < 0.5
 
 
 def test_axes_are_orthonormal_and_the_scalings_differ_by_a_square_root():
-    assert DataConfig.__dataclass_fields__["color_noise"].metadata["choices"] == (*SCALINGS, "none")
-    np.testing.assert_allclose(AXES.T @ AXES, np.eye(3), atol=2e-3)
-    roots = np.sqrt(np.array(SCALINGS["fb_resnet_torch"]) / 255) * 255
-    np.testing.assert_allclose(roots, SCALINGS["cuda_convnet"], rtol=0.15)
+    choices = DataConfig.__dataclass_fields__["color_noise"].metadata["choices"]
+    assert choices == (*module.SCALINGS, "none")
+    np.testing.assert_allclose(module.AXES.T @ module.AXES, np.eye(3), atol=2e-3)
+    roots = np.sqrt(np.array(module.SCALINGS["fb_resnet_torch"]) / 255) * 255
+    np.testing.assert_allclose(roots, module.SCALINGS["cuda_convnet"], rtol=0.15)
 
 
 @pytest.mark.parametrize("height, width", [(10, 13), (64, 400), (399, 65), (74, 74), (151, 230)])
 def test_center_crop_equals_torchvision(height, width):
     array, theirs = pixels(height, width), [v2.Resize(74, antialias=True), v2.CenterCrop(65)]
-    found = CenterCrop(65, 74)(image_of(array)).image
+    found = module.CenterCrop(65, 74)(image_of(array)).image
     assert torch.equal(found, v2.Compose(theirs)(tensor_of(array)))
 
 
 def test_crop_is_torchvisions_of_the_same_box(image):
-    top, left, bottom, right = draw_inception_crop(300, 400, np.random.default_rng(3))
+    top, left, bottom, right = module.draw_inception_crop(300, 400, np.random.default_rng(3))
     box = top, left, bottom - top, right - left
     expected = v2.functional.resized_crop(tensor_of(ARRAY), *box, [224, 224], antialias=True)
-    augmented = InceptionAugmentation(flip=0.0)(image, np.random.default_rng(3))
+    augmented = module.InceptionAugmentation(flip=0.0)(image, np.random.default_rng(3))
     assert torch.equal(augmented.image, expected)
 
 
 def test_randaugment_is_a_function_of_the_sample_and_leaves_torchs_generator_alone(image):
-    augment, state = InceptionAugmentation(randaugment=15), torch.get_rng_state()
+    augment, state = module.InceptionAugmentation(randaugment=15), torch.get_rng_state()
     made = [augment(image, sample_rng(0, 0, i)).image for i in range(5)]
     assert torch.equal(state, torch.get_rng_state())
     torch.rand(5)
     assert torch.equal(made[3], augment(image, sample_rng(0, 0, 3)).image)
-    without = [InceptionAugmentation()(image, sample_rng(0, 0, i)).image for i in range(5)]
+    without = [module.InceptionAugmentation()(image, sample_rng(0, 0, i)).image for i in range(5)]
     assert sum(not torch.equal(a, b) for a, b in zip(made, without, strict=True)) >= 3
     assert not any(torch.equal(made[0], other) for other in made[1:])
     assert made[0].shape == (3, 224, 224) and made[0].dtype == torch.uint8

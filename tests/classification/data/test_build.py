@@ -8,12 +8,6 @@ from PIL import Image
 
 from resnet_backbone.classification.config import load_config
 from resnet_backbone.classification.data import build
-from resnet_backbone.classification.data.build import (
-    INPUT_FILE,
-    build_data,
-    compute_mean,
-    image_statistics,
-)
 from resnet_backbone.classification.data.imagenet import read_image_folder
 from resnet_backbone.classification.data.loader import BadImageReport
 from resnet_backbone.runtime.errors import DataError
@@ -38,19 +32,19 @@ def make_set(tmp_path):
 
 def mean_of(root, run, world=None):
     run.mkdir(exist_ok=True)
-    found = build_data(load_config([], [f"data.root={root}", *OPTIONS]), run, world)
+    found = build.build_data(load_config([], [f"data.root={root}", *OPTIONS]), run, world)
     return found.preprocessing
 
 
 def test_the_mean_is_kept_with_the_run(make_set, tmp_path, monkeypatch):
     root, run = make_set("set"), tmp_path / "run"
     first = mean_of(root, run)
-    assert [p.name for p in run.iterdir()] == [INPUT_FILE]
+    assert [p.name for p in run.iterdir()] == [build.INPUT_FILE]
     monkeypatch.setattr(build, "compute_mean", None)  # not called again
     again = mean_of(root, run)
     assert torch.equal(again.mean_image, first.mean_image) and again == first
-    (run / INPUT_FILE).write_bytes(b"nothing")
-    with pytest.raises(DataError, match=f"{INPUT_FILE} cannot be read .*; remove it"):
+    (run / build.INPUT_FILE).write_bytes(b"nothing")
+    with pytest.raises(DataError, match=f"{build.INPUT_FILE} cannot be read .*; remove it"):
         mean_of(root, run)
 
 
@@ -78,7 +72,7 @@ def test_processes_share_the_work_and_get_the_mean_of_one(make_set, tmp_path, tw
 def test_statistics_against_numpy():
     images = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8)
     values = images.numpy().astype(np.float64)
-    found = image_statistics(images.split(5), (3, 32, 32))
+    found = build.image_statistics(images.split(5), (3, 32, 32))
     np.testing.assert_allclose(found.image, values.mean(0), atol=1e-4)
     np.testing.assert_allclose(found.channels, values.mean((0, 2, 3)), rtol=1e-9)
     np.testing.assert_allclose(found.std, values.std((0, 2, 3)), rtol=1e-9)
@@ -92,7 +86,7 @@ def test_mean_image(tmp_path):
     crops = [read_rgb(path)[14:30, 18:34].transpose(2, 0, 1) for path, _ in dataset.samples]
     expected = np.mean(crops, axis=0, dtype=np.float64)
     for workers in (0, 1):
-        mean = compute_mean(dataset, num_images=99, workers=workers, **SIZES)
+        mean = build.compute_mean(dataset, num_images=99, workers=workers, **SIZES)
         np.testing.assert_allclose(mean.image, expected, rtol=1e-6)
         np.testing.assert_allclose(mean.channels, expected.mean((1, 2)), rtol=1e-6)
         assert mean.num_images == 14 and mean.image.dtype == torch.float32
@@ -100,15 +94,15 @@ def test_mean_image(tmp_path):
 
 def test_mean_of_a_subset_leaves_out_and_counts_bad_images(tmp_path):
     dataset = read_image_folder(fill(tmp_path))
-    first, again, whole = (compute_mean(dataset, num_images=n, **SIZES) for n in (9, 9, 14))
+    first, again, whole = (build.compute_mean(dataset, num_images=n, **SIZES) for n in (9, 9, 14))
     assert (first.num_images, whole.num_images) == (9, 14)
     assert torch.equal(first.image, again.image) and not torch.equal(first.image, whole.image)
     report = BadImageReport()
     for path, _ in dataset.samples[:7]:
         path.write_bytes(b"")
-    assert compute_mean(dataset, num_images=14, report=report, **SIZES).num_images == 7
+    assert build.compute_mean(dataset, num_images=14, report=report, **SIZES).num_images == 7
     assert report.num_bad == 7
     for path, _ in dataset.samples:
         path.write_bytes(b"")
     with pytest.raises(DataError, match="has no mean"):
-        compute_mean(dataset, num_images=14, **SIZES)
+        build.compute_mean(dataset, num_images=14, **SIZES)

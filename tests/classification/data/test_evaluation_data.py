@@ -9,19 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from resnet_backbone.classification.data.evaluation import (
-    BadSample,
-    EvaluationArrays,
-    EvaluationFiles,
-    EvaluationLoader,
-)
+from resnet_backbone.classification.data import evaluation
+from resnet_backbone.classification.data.evaluation import EvaluationFiles, EvaluationLoader
 from resnet_backbone.runtime.errors import DataError
 
 
 def arrays(count, size=4):
     generator = torch.Generator().manual_seed(count)
     images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
-    return EvaluationArrays(images, torch.arange(count) % 7)
+    return evaluation.EvaluationArrays(images, torch.arange(count) % 7)
 
 
 @pytest.fixture
@@ -96,7 +92,8 @@ def test_bad_images_only():
     data = EvaluationFiles([("a.jpg", 1), ("b.jpg", 2)])
     (batch,) = EvaluationLoader(data, 2)
     assert [bad.name for bad in batch.bad] == ["a.jpg", "b.jpg"]
-    assert len(batch.labels) == 0 and batch.images == () and isinstance(data[0], BadSample)
+    assert len(batch.labels) == 0 and batch.images == ()
+    assert isinstance(data[0], evaluation.BadSample)
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,10 @@ import torch
 from drawn_images import fill
 from PIL import Image
 
+from resnet_backbone.classification.data import imagenet
 from resnet_backbone.classification.data.archives import index_shards, write_shards
 from resnet_backbone.classification.data.augment import PaperAugmentation
-from resnet_backbone.classification.data.imagenet import (
-    INDEX_NAME,
-    TarShards,
-    check_same_classes,
-    read_class_list,
-    read_flat_folder,
-    read_image_folder,
-)
+from resnet_backbone.classification.data.imagenet import TarShards, read_image_folder
 from resnet_backbone.classification.data.loader import LoaderSource
 from resnet_backbone.classification.data.sources import SampleStream
 from resnet_backbone.runtime.errors import DataError
@@ -99,13 +93,13 @@ def test_a_selection_keeps_the_indices_of_the_whole(root):
     ["n01 0\nn02 1\nn03 2\n", "n01\nn02\nn03\n", "n01 tench, Tinca\nn02 x\nn03 y\n", "n03 2\n"],
 )
 def test_class_lists(lines, text):
-    assert read_class_list(lines(text))["n03"] == 2
+    assert imagenet.read_class_list(lines(text))["n03"] == 2
 
 
 @pytest.mark.parametrize("text", ["", "n01 0\nn02\n", "n01 0\nn02 0\n", "n01\nn01\n"])
 def test_unclear_class_lists_are_refused(lines, text):
     with pytest.raises(DataError, match="lines.txt"):
-        read_class_list(lines(text))
+        imagenet.read_class_list(lines(text))
 
 
 def test_missing_empty_and_unlisted_folders_are_errors(root, tmp_path):
@@ -129,16 +123,16 @@ def test_missing_empty_and_unlisted_folders_are_errors(root, tmp_path):
     "text", ["v1.JPEG n02\nv2.JPEG n01\nv3.JPEG n02\n", "v3.JPEG\t1\nv2.JPEG 0\n\nv1.JPEG 1\n"]
 )
 def test_flat_folder(flat, lines, text):
-    dataset = read_flat_folder(flat, lines(text))
+    dataset = imagenet.read_flat_folder(flat, lines(text))
     assert dataset.labels.tolist() == [dataset[i].label for i in range(3)] == [1, 0, 1]
     assert dataset.name(2) == str(flat / "v3.JPEG")
 
 
 def test_flat_folder_with_the_classes_of_training(flat, root, lines):
     path = lines("v1.JPEG n03\nv2.JPEG n01\nv3.JPEG 1\n")
-    val = read_flat_folder(flat, path, {"n01": 0, "n02": 1, "n03": 2})
+    val = imagenet.read_flat_folder(flat, path, {"n01": 0, "n02": 1, "n03": 2})
     assert val.labels.tolist() == [2, 0, 1]
-    check_same_classes(read_image_folder(root), val)
+    imagenet.check_same_classes(read_image_folder(root), val)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +150,7 @@ def test_flat_folder_with_the_classes_of_training(flat, root, lines):
 )
 def test_unusable_label_lists_are_refused(flat, lines, text, message):
     with pytest.raises(DataError, match=message) as caught:
-        read_flat_folder(flat, lines(text), {"n01": 0, "n02": 1, "n03": 2})
+        imagenet.read_flat_folder(flat, lines(text), {"n01": 0, "n02": 1, "n03": 2})
     assert "\n" not in str(caught.value)
 
 
@@ -164,7 +158,7 @@ def test_different_classes_of_training_and_validation_are_refused(root, tmp_path
     save(tmp_path / "other" / "n09" / "a.png")
     train, val = read_image_folder(root), read_image_folder(tmp_path / "other")
     with pytest.raises(DataError, match="only one of them has n01, n02, n03"):
-        check_same_classes(train, val)
+        imagenet.check_same_classes(train, val)
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +290,7 @@ def test_damaged_shards_and_indices_are_told(shards, folder, tmp_path):
         TarShards(copy)[23]
     with pytest.raises(DataError, match="shard-000004.tar"):
         index_shards(copy)
-    (copy / INDEX_NAME).write_bytes(b"PK nonsense")
+    (copy / imagenet.INDEX_NAME).write_bytes(b"PK nonsense")
     with pytest.raises(DataError, match="index.npz cannot be read"):
         TarShards(copy)
     write_tar(tmp_path / "x.tar", ("s1", {"jpg": b"x", "cls": "0"}), ("s2", {"jpg": b"x"}))

@@ -19,14 +19,7 @@ from PIL import Image
 from resnet_backbone.classification.data import loader
 from resnet_backbone.classification.data.augment import InceptionAugmentation, PaperAugmentation
 from resnet_backbone.classification.data.imagenet import ImageFiles, read_image_folder
-from resnet_backbone.classification.data.loader import (
-    BAD,
-    CONVERTED,
-    MAX_CONVERTED,
-    BadImageReport,
-    ImageNote,
-    LoaderSource,
-)
+from resnet_backbone.classification.data.loader import BadImageReport, ImageNote, LoaderSource
 from resnet_backbone.classification.data.sources import Batch, SampleStream, sample_rng
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.images import EncodedImage
@@ -206,14 +199,14 @@ def test_workers_end_when_the_main_process_is_killed(programs):
 
 
 def bad(path, reason="truncated"):
-    return ImageNote(BAD, path, reason)
+    return ImageNote(loader.BAD, path, reason)
 
 
 def test_each_file_is_listed_once(tmp_path):
     report = BadImageReport(tmp_path / "run" / "bad_images.txt")
     report.add()
     assert not report.path.exists()
-    report.add(bad("a"), bad("a"), ImageNote(CONVERTED, "c", "CMYK"))
+    report.add(bad("a"), bad("a"), ImageNote(loader.CONVERTED, "c", "CMYK"))
     report.add(bad("a", "another reason"), bad("b\tc", "two\nlines"))
     report.add(bad("b\tc"))
     assert report.path.read_text() == "bad\ta\ttruncated\nconverted\tc\tCMYK\nbad\tb c\ttwo lines\n"
@@ -251,10 +244,10 @@ def test_the_limit_stops_with_one_line(tmp_path):
 
 def test_unusual_images_are_counted_beyond_the_list(tmp_path):
     report = BadImageReport(tmp_path / "r.txt", 0)
-    for i in range(MAX_CONVERTED + 50):
-        report.add(ImageNote(CONVERTED, f"c{i}", "CMYK"))
-    assert report.num_converted == MAX_CONVERTED + 50
-    assert report.path.read_text().count("\n") == MAX_CONVERTED == len(report._converted)
+    for i in range(loader.MAX_CONVERTED + 50):
+        report.add(ImageNote(loader.CONVERTED, f"c{i}", "CMYK"))
+    assert report.num_converted == loader.MAX_CONVERTED + 50
+    assert report.path.read_text().count("\n") == loader.MAX_CONVERTED == len(report._converted)
 
 
 def _add_many(path, first):

@@ -19,15 +19,7 @@ from torchvision.transforms import functional as F
 from resnet_backbone.classification.config import load_config
 from resnet_backbone.classification.data import sources
 from resnet_backbone.classification.data.build import build_data
-from resnet_backbone.classification.data.sources import (
-    PAD,
-    TEST_FILES,
-    TRAIN_FILES,
-    ArraySource,
-    SampleStream,
-    read_cifar10,
-    sample_rng,
-)
+from resnet_backbone.classification.data.sources import ArraySource, SampleStream, read_cifar10
 from resnet_backbone.runtime import builtin
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.weights.preprocessing import InputNormalizer
@@ -84,7 +76,7 @@ def test_impossible_streams_are_refused():
 
 def test_augmentation_depends_on_seed_epoch_and_sample_alone():
     keys = [(1, 2, 3), (1, 2, 4), (1, 3, 3), (2, 2, 3), (1, 2, 3)]
-    *draws, again = [sample_rng(*key).random() for key in keys]
+    *draws, again = [sources.sample_rng(*key).random() for key in keys]
     assert len(set(draws)) == 4 and again == draws[0]
 
 
@@ -110,7 +102,7 @@ def both_versions(tmp_path):
     """The same images in the binary and in the Python version, as they are published."""
     binary, python = tmp_path / "cifar-10-batches-bin", tmp_path / "cifar-10-batches-py"
     binary.mkdir(), python.mkdir()
-    for number, name in enumerate((*TRAIN_FILES, *TEST_FILES)):
+    for number, name in enumerate((*sources.TRAIN_FILES, *sources.TEST_FILES)):
         pixels, labels = pixels_and_labels(number)
         records = np.concatenate([labels[:, None], pixels], axis=1)
         (binary / f"{name}.bin").write_bytes(records.tobytes())
@@ -176,7 +168,7 @@ def test_crops_are_torchvisions_pad_crop_flip(images, augmentation, flips):
     """Each image is one of the 81 crops (and their mirror images) that torchvision can make."""
     crops = {}
     for (label, image), place in itertools.product(enumerate(images), range(81)):
-        crop = F.crop(F.pad(image, [PAD]), place // 9, place % 9, 32, 32)
+        crop = F.crop(F.pad(image, [sources.PAD]), place // 9, place % 9, 32, 32)
         crops[label, F.hflip(crop).numpy().tobytes()] = place, True
         crops[label, crop.numpy().tobytes()] = place, False
     found, made = set(), source(images, augmentation)
