@@ -104,8 +104,7 @@ def test_engines_beside_each_other(bench):
         assert differences[f"ours, fp32, {engine}"] < 1e-4
 
 
-def test_fpn_beside_detectron2(bench):
-    pytest.importorskip("detectron2")
+def test_fpn_beside_detectron2(bench, detectron2):
     options = "--device cpu --height 64 --width 96 --repeats 1 --no-memory"
     result, _ = bench("fpn", *options.split())
     assert result["differences"]["float32"]["outputs"] < 1e-4
@@ -115,9 +114,8 @@ def test_fpn_beside_detectron2(bench):
     assert names(result["training"]) == [f"training: {name}" for name in TRAINED]
 
 
-def test_fpn_comparison_sees_another_network():
+def test_fpn_comparison_sees_another_network(detectron2):
     """A wrong statistic, and a gradient that stops."""
-    pytest.importorskip("detectron2")
     from resnet_backbone.cli.benchmark.pyramid import build_pyramids, compare_pyramids
 
     images = torch.randn(1, 3, 64, 96)
@@ -130,9 +128,8 @@ def test_fpn_comparison_sees_another_network():
         compare_pyramids(theirs, ours, images)
 
 
-def test_the_parts_of_a_step(bench):
+def test_the_parts_of_a_step(bench, detectron2):
     """Each backward function counts for the part whose forward pass it belongs to."""
-    pytest.importorskip("detectron2")
     small = "--height 64 --width 96 --repeats 1 --dtype fp32"
     theirs, ours = bench("profile", *small.split())[0]["steps"]
     assert theirs["name"] == "Detectron2, fp32: coco/faster_rcnn_R_50_FPN"
@@ -150,17 +147,14 @@ def test_the_parts_of_a_step(bench):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_memory_grows_with_the_image_and_with_the_regions():
-    pytest.importorskip("detectron2")
+def test_memory_grows_with_the_image_and_with_the_regions(detectron2):
     from resnet_backbone.cli.benchmark.detectors import Setting, detector_candidates
     from resnet_backbone.cli.benchmark.pyramid import REFERENCE, pyramid_candidates
 
     images = [((1, 3, side, 640), []) for side in (64, 512)]
     regions = [(Setting("c4", number, 8, 64, 96, 1), []) for number in (4, 100)]
-    for build, settings, kind in (
-        (pyramid_candidates, images, "training"),
-        (detector_candidates, regions, "inference"),
-    ):
+    training = (pyramid_candidates, images, "training")
+    for build, settings, kind in (training, (detector_candidates, regions, "inference")):
         found = [measure_memory(build, setting, [(kind, REFERENCE)]) for setting in settings]
         few, many = (one[f"{kind}: {REFERENCE}"] for one in found)
         assert many["peak"] - many["before"] > 100 + few["peak"] - few["before"]
@@ -179,8 +173,7 @@ def test_wrong_arguments_are_one_line(arguments, message, refusal):
     assert message in refusal(benchmark.main, *arguments)
 
 
-def test_evaluation_beside_pycocotools_and_detectron2(bench):
-    pytest.importorskip("detectron2")
+def test_evaluation_beside_pycocotools_and_detectron2(bench, detectron2):
     small = "--coco-images 5 --coco-detections 9 --voc-images 4 --voc-detections 6 --repeats 1"
     result, out = bench("evaluate", *small.split())
     for data in ("coco", "voc"):
@@ -193,8 +186,7 @@ def test_evaluation_beside_pycocotools_and_detectron2(bench):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_start_beside_detectron2(bench, tmp_path, monkeypatch):
-    pytest.importorskip("detectron2")
+def test_start_beside_detectron2(bench, tmp_path, monkeypatch, detectron2):
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     from resnet_backbone.cli.benchmark.datasets import NAME, STARTS, starts, write_set
@@ -217,8 +209,7 @@ DETECT = "detect --height 64 --width 96 --regions 4 --proposals 6 --repeats 1 --
 
 
 @pytest.mark.parametrize("arch", [pytest.param("fpn", marks=pytest.mark.slow), "c4"])
-def test_detectors_beside_detectron2(bench, arch):
-    pytest.importorskip("detectron2")
+def test_detectors_beside_detectron2(bench, arch, detectron2):
     kinds = ["inference", "training"] if arch == "fpn" else ["inference"]
     result, out = bench(*DETECT, "--arch", arch, "--kind", *kinds)
     found = result[f"{arch}, inference, 6 proposals"]
@@ -237,16 +228,14 @@ def test_detectors_beside_detectron2(bench, arch):
     assert "s/image" in out
 
 
-def test_losses_are_compared_by_their_ratio():
-    pytest.importorskip("detectron2")
+def test_losses_are_compared_by_their_ratio(detectron2):
     from resnet_backbone.cli.benchmark.detectors import losses_differ
 
     found = losses_differ({"a": 1.5, "b": 0.0, "c": 0.1}, {"a": -2.0, "b": 0.0, "c": 0.0})
     assert found == {"a": 1.75, "b": 0.0, "c": float("inf")}
 
 
-def test_detections_are_compared_by_class_and_place():
-    pytest.importorskip("detectron2")
+def test_detections_are_compared_by_class_and_place(detectron2):
     from detectron2.structures import Boxes, Instances
 
     from resnet_backbone.cli.benchmark.detectors import detections_differ
@@ -263,8 +252,5 @@ def test_detections_are_compared_by_class_and_place():
     assert found["detections"] == 2 and found["unmatched"] == 0
     assert found["score"] == pytest.approx(0.025)
     for boxes, classes in (([square, other], [1, 3]), ([square, square], [1, 2])):
-        assert detections_differ(detections(boxes, [0.9, 0.5], classes), expected) == {
-            "detections": 2,
-            "unmatched": 0.5,
-            "score": 0.0,
-        }
+        found = detections_differ(detections(boxes, [0.9, 0.5], classes), expected)
+        assert found == {"detections": 2, "unmatched": 0.5, "score": 0.0}

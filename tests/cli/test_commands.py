@@ -99,8 +99,7 @@ def check_examples(text: str) -> int:
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_examples_of_the_help_parse(name, parsers, capsys):
-    pytest.importorskip("detectron2")
+def test_examples_of_the_help_parse(name, parsers, capsys, detectron2):
     with pytest.raises(SystemExit):
         cli.main([name, "--help"])
     texts = [parser.format_help() for parser in parsers]
@@ -109,14 +108,12 @@ def test_examples_of_the_help_parse(name, parsers, capsys):
 
 
 @pytest.mark.parametrize("page", ["README.md", *sorted(GUIDES)])
-def test_examples_of_the_documents_parse(page, parsers):
-    pytest.importorskip("detectron2")
+def test_examples_of_the_documents_parse(page, parsers, detectron2):
     check_examples((ROOT / page).read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_steps_of_the_plans_parse(plan, request, monkeypatch, tmp_path, capsys):
-    pytest.importorskip("detectron2")
+def test_steps_of_the_plans_parse(plan, request, monkeypatch, tmp_path, capsys, detectron2):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     (tmp_path / "w").touch()
     words = ["--scale", plan, "--imagenet", str(tmp_path), "--num-gpus", "8", "--plan"]
@@ -128,8 +125,7 @@ def test_steps_of_the_plans_parse(plan, request, monkeypatch, tmp_path, capsys):
     assert f": {check_examples(shown)} steps" in shown
 
 
-def test_examples_of_the_configs_parse(parsers):
-    pytest.importorskip("detectron2")
+def test_examples_of_the_configs_parse(parsers, detectron2):
     texts = [path.read_text(encoding="utf-8") for path in (ROOT / "configs").rglob("*.yaml")]
     uncommented = [re.sub("^#", "", text.replace("\\\n#", " "), flags=re.M) for text in texts]
     assert sum(map(check_examples, uncommented)) > 150
@@ -216,8 +212,7 @@ def installed(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_wheel_trains_without_the_checkout(installed, make_voc, tmp_path):
-    pytest.importorskip("detectron2")
+def test_a_wheel_trains_without_the_checkout(installed, make_voc, tmp_path, detectron2):
     work = tmp_path / "work"
     work.mkdir()
     environment = {**os.environ, "PYTHONPATH": str(installed), "PYTHONWARNINGS": "ignore"}

@@ -11,19 +11,15 @@ import pytest
 
 pytest.importorskip("detectron2")  # resnet_backbone.detection cannot be imported without it
 
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+import torch
+from PIL import Image
 
-from resnet_backbone.cli import demo  # noqa: E402
-from resnet_backbone.detection import Checkpointer, build_detector  # noqa: E402
-from resnet_backbone.detection.config import UsageError, load_config  # noqa: E402
-from resnet_backbone.detection.inference.pictures import read_video, video_writer  # noqa: E402
-from resnet_backbone.detection.inference.predictor import (  # noqa: E402
-    Predictor,
-    find_class_names,
-    run_config,
-)
-from resnet_backbone.weights import WeightsError  # noqa: E402
+from resnet_backbone.cli import demo
+from resnet_backbone.detection import Checkpointer, build_detector
+from resnet_backbone.detection.config import UsageError, load_config
+from resnet_backbone.detection.inference.pictures import read_video, video_writer
+from resnet_backbone.detection.inference.predictor import Predictor, find_class_names, run_config
+from resnet_backbone.weights import WeightsError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs/detection/quickstart/faster_rcnn_R_18_FPN.yaml")
@@ -177,13 +173,12 @@ def test_folder_to_folder_with_sheet_and_numbers(run, call, photos, tmp_path):
     assert content["weights"] == str(run / "model_final.pth") and content["unreadable"] == []
     sizes = {str(photos / "wide.png"): (90, 60), str(photos / "tall.jpg"): (70, 120)}
     assert {image["file"] for image in content["images"]} == set(sizes)
-    for file, entry in (
-        (image["file"], one) for image in content["images"] for one in image["detections"]
-    ):
-        width, height = sizes[file]
-        x0, y0, x1, y1 = entry["box"]
-        assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
-        assert entry["class"] in ("a", "b", "c") and 0 <= entry["score"] <= 1
+    for image in content["images"]:
+        width, height = sizes[image["file"]]
+        for entry in image["detections"]:
+            x0, y0, x1, y1 = entry["box"]
+            assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
+            assert entry["class"] in ("a", "b", "c") and 0 <= entry["score"] <= 1
 
 
 def test_globs_config_file_and_sheet_max(run, photos, tmp_path):
@@ -247,9 +242,8 @@ def test_missing_names_are_said_and_numbered(call, photos, tmp_path):
     assert status == 0 and "the class names are not known" in errors
     found = json.loads((tmp_path / "a.json").read_text())["images"][0]["detections"]
     assert found and {entry["class"] for entry in found} <= {0, 1, 2}
-    status, out, _ = call(
-        *arguments, "--input", photos / "wide.png", photos, "--confidence", "0.99"
-    )
+    arguments += ("--input", photos / "wide.png", photos, "--confidence", "0.99")
+    status, out, _ = call(*arguments)
     assert status == 0
     images = json.loads((tmp_path / "a.json").read_text())["images"]
     assert len(images) == 2 and not any(image["detections"] for image in images)

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -25,8 +24,8 @@ from resnet_backbone.models import build_model
 from resnet_backbone.weights import Preprocessing
 from resnet_backbone.weights.preprocessing import PREPROCESSINGS, InputNormalizer
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "tools" / "evaluate_classifier.py"
+from trainings import ENVIRONMENT, ROOT  # isort: skip
+
 GREY = Preprocessing("RGB", 255.0, (120.0, 110.0, 100.0), (60.0, 61.0, 62.0))
 BGR = Preprocessing("BGR", 255.0, (90.0, 95.0, 100.0), (30.0, 30.0, 30.0))
 WNIDS = ("n01", "n02", "n03")
@@ -174,12 +173,9 @@ def test_engines(files, val, tmp_path, precision):
 
 def test_files_that_say_nothing_and_files_that_do(files, val, tmp_path):
     """One --model and one --preprocessing serve the files that need them."""
-    found = results(
-        tmp_path,
-        *("--weights", files / "bare.safetensors", files / "b.safetensors"),
-        *("--model", "cifar_resnet8", "--num-classes", 3, "--preprocessing", "caffe_vgg", *val),
-    )
-    assert found["num_models"] == 2
+    weights = ("--weights", files / "bare.safetensors", files / "b.safetensors")
+    stated = "--model cifar_resnet8 --num-classes 3 --preprocessing caffe_vgg".split()
+    assert results(tmp_path, *weights, *stated, *val)["num_models"] == 2
 
 
 @pytest.mark.parametrize("labels", ["labels.txt", "numbers.txt"])
@@ -302,13 +298,9 @@ def test_tensors_say_the_network(val, tmp_path):
 def test_two_processes_write_the_results_of_one(files, val, tmp_path):
     arguments = ("--weights", files / "a.safetensors", files / "b.safetensors", *val)
     alone = results(tmp_path / "one", *arguments)
-    command = [sys.executable, str(SCRIPT), *map(str, arguments), *SMALL]
-    subprocess.run(
-        [*command, "--num-processes", "2", "--output", str(tmp_path / "two")],
-        check=True,
-        capture_output=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    command = [sys.executable, ROOT / "tools" / "evaluate_classifier.py", *arguments, *SMALL]
+    command += ["--num-processes", "2", "--output", tmp_path / "two"]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, env=ENVIRONMENT)
     together = json.loads((tmp_path / "two" / "results.json").read_text())
     assert together["processes"] == 2
     for key in ("top1_error", "per_class_error", "num_images", "bad"):
@@ -322,20 +314,13 @@ def test_two_processes_write_the_results_of_one(files, val, tmp_path):
 @pytest.mark.parametrize("pool, top1, top5", [(False, 72.2, 91.2), (True, 73.4, 91.4)])
 def test_the_papers_weights(data_root, tmp_path, pool, top1, top5):
     """With the right preprocessing and stride; docs/results/msra_resnet50.md."""
-    wnids = {
-        **{"n01440764": 0, "n02102040": 217, "n02979186": 482, "n03000684": 491, "n03028079": 497},
-        **{"n03394916": 566, "n03417042": 569, "n03425413": 571, "n03445777": 574},
-        "n03888257": 701,
-    }
-    (tmp_path / "classes.txt").write_text("".join(f"{k} {v}\n" for k, v in wnids.items()))
-    found = results(
-        tmp_path,
-        *("--weights", data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"),
-        *("--model", "resnet50", "--preprocessing", "msra", "--resize", 224),
-        *("--model-options", f"caffe_pool={pool}"),
-        *("--imagenet-folder", data_root / "imagenet_val500"),
-        *("--class-list", tmp_path / "classes.txt"),
-    )
+    classes = "n01440764 0,n02102040 217,n02979186 482,n03000684 491,n03028079 497,"
+    classes += "n03394916 566,n03417042 569,n03425413 571,n03445777 574,n03888257 701"
+    (tmp_path / "classes.txt").write_text(classes.replace(",", "\n"))
+    words = ["--weights", data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"]
+    words += ["--model", "resnet50", "--preprocessing", "msra", "--resize", 224]
+    words += ["--model-options", f"caffe_pool={pool}", "--class-list", tmp_path / "classes.txt"]
+    found = results(tmp_path, *words, "--imagenet-folder", data_root / "imagenet_val500")
     assert found["num_images"] == 500
     assert abs(100 - found["top1_error"] - top1) <= 0.4
     assert abs(100 - found["top5_error"] - top5) <= 0.4

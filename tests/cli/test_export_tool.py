@@ -77,17 +77,15 @@ def test_classifier(weights, photos, tmp_path, run):
 def test_pixels_in_features_out(weights, photos, tmp_path, run, kind):
     """The graph alone, on pixels, does what preprocessing and network do."""
     output = tmp_path / "net"
-    code, _, errors = run(
-        *("--weights", weights, "--images", photos, "--output", output, "--format", "onnx"),
-        *("--with-normalization", "--input-type", kind, "--out-features", "res2", "res4"),
-    )
-    assert (code, errors) == (0, [])
+    features = ["--out-features", "res2", "res4"]
+    words = ["--weights", weights, "--images", photos, "--output", output, "--format", "onnx"]
+    words += ["--with-normalization", "--input-type", kind, *features]
+    assert run(*words)[::2] == (0, [])
     session = onnxruntime.InferenceSession(f"{output}.onnx")
     pixels = torch.from_numpy(np.array(Image.open(photos / "1.png"))).permute(2, 0, 1)[None]
     found = session.run(None, {"images": pixels.contiguous().numpy().astype(kind)})
-    words = ["--weights", str(weights), "--images", "x", "--output", "y"]
-    args = tool.parse_arguments([*words, "--out-features", "res2", "res4"])
-    model = tool.build_network(args)[0]
+    words = ["--weights", str(weights), "--images", "x", "--output", "y", *features]
+    model = tool.build_network(tool.parse_arguments(words))[0]
     with torch.no_grad():
         expected = model(InputNormalizer(get_preprocessing("msra"))(pixels))
     assert [value.name for value in session.get_outputs()] == list(expected)
@@ -122,8 +120,7 @@ def test_a_wrong_graph_is_not_written(weights, photos, tmp_path, run, monkeypatc
     code, out, errors = run(*arguments, "--output", tmp_path / "bad" / "net")
     assert code == 1 and "logits of onnx by 2.0e-04" in errors[0] and len(errors) == 1
     assert not list((tmp_path / "bad").iterdir())
-    code, _, _ = run(*arguments, "--output", tmp_path / "net", "--tolerance", "1e-3")
-    assert code == 0
+    assert run(*arguments, "--output", tmp_path / "net", "--tolerance", "1e-3")[0] == 0
 
 
 @pytest.mark.parametrize("change", [lambda v: v[:, :1], lambda v: v[:1]])
@@ -156,8 +153,7 @@ def test_programs_need_no_onnx(weights, photos, tmp_path, run, monkeypatch):
 
     monkeypatch.setattr(tool, "version", version)
     arguments = ["--weights", weights, "--images", photos, "--format", "pt2"]
-    code, _, errors = run(*arguments, "--output", tmp_path / "net")
-    assert (code, errors) == (0, [])
+    assert run(*arguments, "--output", tmp_path / "net")[::2] == (0, [])
     facts = json.loads((tmp_path / "net.json").read_text())
     assert facts["versions"] == {"torch": torch.__version__}
 
@@ -215,8 +211,6 @@ def test_wrong_combinations(run, extra, message):
 def test_real_weights_on_real_images(data_root, tmp_path, run):
     weights = data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"
     images = sorted((data_root / "VOCdevkit" / "VOC2007" / "JPEGImages").glob("*.jpg"))[:3]
-    code, out, _ = run(
-        *("--weights", weights, "--preprocessing", "msra", "--output", tmp_path / "r50"),
-        *("--longest-side", "320", "--images", *images),
-    )
+    words = ["--weights", weights, "--preprocessing", "msra", "--output", tmp_path / "r50"]
+    code, out, _ = run(*words, "--longest-side", "320", "--images", *images)
     assert code == 0 and out.count("largest difference") == 2

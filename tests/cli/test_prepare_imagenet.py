@@ -15,11 +15,8 @@ import pytest
 from PIL import Image
 
 from resnet_backbone.classification.data import archives as imagenet_archives
-from resnet_backbone.classification.data.imagenet import (
-    TarShards,
-    read_flat_folder,
-    read_image_folder,
-)
+from resnet_backbone.classification.data import imagenet
+from resnet_backbone.classification.data.imagenet import TarShards, read_image_folder
 from resnet_backbone.cli import prepare_data
 from resnet_backbone.runtime.errors import DataError
 
@@ -107,7 +104,7 @@ def test_the_kits_numbers_become_the_right_classes(tmp_path, archives, unpack):
 def test_flat_layout(tmp_path, unpack):
     assert unpack("--flat-val", *ANY)[0] == 0
     root = tmp_path / "imagenet"
-    val = read_flat_folder(root / "val", root / "val_labels.txt")
+    val = imagenet.read_flat_folder(root / "val", root / "val_labels.txt")
     assert val.labels.tolist() == EXPECTED
 
 

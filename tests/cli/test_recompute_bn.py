@@ -6,13 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from resnet_backbone.classification import networks
 from resnet_backbone.classification.data.sources import ArraySource, SampleStream, read_cifar10
-from resnet_backbone.classification.networks import (
-    NetworkSpec,
-    read_class_names,
-    read_spec,
-    save_network,
-)
 from resnet_backbone.cli import recompute_bn
 from resnet_backbone.weights import Preprocessing, read_checkpoint
 from resnet_backbone.weights.preprocessing import InputNormalizer
@@ -28,8 +23,8 @@ def tool(run_command):
 @pytest.fixture
 def run(tmp_path, tiny_cifar10):
     torch.manual_seed(0)
-    spec = NetworkSpec("cifar_resnet8", 10)
-    save_network(tmp_path / "final.safetensors", spec.build(), spec, GREY)
+    spec = networks.NetworkSpec("cifar_resnet8", 10)
+    networks.save_network(tmp_path / "final.safetensors", spec.build(), spec, GREY)
     (tmp_path / "config.yaml").write_text(
         f"""
 model: {{name: cifar_resnet8}}
@@ -50,9 +45,9 @@ def test_new_statistics(tool, run, tiny_cifar10, layer_inputs):
     assert "before: top-1 error" in out and "after:  top-1 error" in out
     assert (run / "final.safetensors").read_bytes() == before
     new = run / "true_bn.safetensors"
-    assert read_spec(new) == NetworkSpec("cifar_resnet8", 10)
+    assert networks.read_spec(new) == networks.NetworkSpec("cifar_resnet8", 10)
     assert read_checkpoint(new).preprocessing == GREY
-    assert read_class_names(new)[:2] == ["airplane", "automobile"]
+    assert networks.read_class_names(new)[:2] == ["airplane", "automobile"]
     tensors = read_checkpoint(new).tensors
     # the first batch norm sees the convolved first 70 images of training
     images, labels = read_cifar10(tiny_cifar10, train=True)

@@ -18,17 +18,8 @@ from resnet_backbone.cli import train_classifier
 from resnet_backbone.runtime.errors import EXIT_STOPPED
 from resnet_backbone.weights.reading import read_header, read_source
 
-from trainings import (  # isort: skip
-    assert_same_weights,
-    command,
-    kill,
-    reached,
-    refused,
-    rows,
-    run,
-    start,
-    succeed,
-)
+from trainings import assert_same_weights, command, kill, reached  # isort: skip
+from trainings import refused, rows, run, start, succeed  # isort: skip
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +86,7 @@ def test_a_damaged_newest_checkpoint_costs_only_its_iterations(config, uninterru
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signals_write_a_checkpoint_and_exit_with_their_own_status(
-    config, uninterrupted, tmp_path, number
-):
+def test_signals_write_a_checkpoint_and_exit_with_75(config, uninterrupted, tmp_path, number):
     folder = tmp_path / "signalled"
     arguments = ("--config-file", config, "--output-dir", folder, "output.checkpoint_every=1000")
     process = start(*arguments, until=(folder / "metrics.jsonl").exists)
@@ -254,6 +243,7 @@ def test_two_processes_train_as_one(config, tmp_path):
     assert starts[0]["processes"] == 2
 
 
+LAUNCHER = pytest.param("the launcher", marks=pytest.mark.slow)
 TWO = ("train.micro_batch=4", "train.device=cpu", "output.checkpoint_every=1000")
 
 
@@ -270,9 +260,7 @@ def two_uninterrupted(config, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "whom", ["one process", pytest.param("the launcher", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("whom", ["one process", LAUNCHER])
 def test_all_processes_agree_to_stop(config, two_uninterrupted, tmp_path, whom):
     """SIGUSR1 to one of two processes, or to what launched them: both stop, with one status.
 

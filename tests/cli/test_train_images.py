@@ -5,19 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drawn_images import fill
 from PIL import Image
 
 from resnet_backbone.weights.reading import read_source
 
-from trainings import (  # isort: skip
-    ROOT,
-    assert_same_weights,
-    kill,
-    reached,
-    refused,
-    start,
-    succeed,
-)
+from trainings import ROOT, assert_same_weights, kill, reached  # isort: skip
+from trainings import refused, start, succeed  # isort: skip
 
 SMALL = (
     *("model=resnet18", "data.crop=32", "data.short_side=[36,60]", "data.mean_samples=20"),
@@ -30,17 +24,10 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """Three classes of seven photographs' worth of noise; one file is no image at all."""
+    """Three classes of seven images of 52x44 pixels; one file is no image at all."""
     root = tmp_path_factory.mktemp("imagenet")
-    rng = np.random.default_rng(0)
     for split, count in (("train", 7), ("val", 3)):
-        for number, name in enumerate(("n01", "n02", "n03")):
-            (root / split / name).mkdir(parents=True)
-            for index in range(count):
-                size = (int(rng.integers(40, 70)), int(rng.integers(40, 70)), 3)
-                pixels = rng.integers(0, 100, size) + 50 * number
-                path = root / split / name / f"{index}.JPEG"
-                Image.fromarray(pixels.astype(np.uint8)).save(path)
+        fill(root / split, ("n01", "n02", "n03"), count)
     (root / "train" / "n02" / "3.JPEG").write_bytes(b"no image")
     return root
 
@@ -87,17 +74,9 @@ def test_data_that_fail_on_one_of_two_processes_end_both(config, tmp_path):
 
 def test_the_mean_is_the_training_sets(images, uninterrupted):
     """Against Pillow and NumPy: center crops of the 20 readable training images."""
-    crops = []
-    for path in sorted((images / "train").glob("*/*")):
-        if path.read_bytes() == b"no image":
-            continue
-        with Image.open(path) as image:
-            width, height = image.size
-            scale = 36 / min(width, height)
-            size = (36, int(height * scale)) if width < height else (int(width * scale), 36)
-            pixels = np.asarray(image.convert("RGB").resize(size, Image.BILINEAR), np.float64)
-        top, left = (round((extent - 32) / 2) for extent in pixels.shape[:2])
-        crops.append(pixels[top : top + 32, left : left + 32])
+    paths = set((images / "train").glob("*/*")) - {images / "train/n02/3.JPEG"}
+    resized = [Image.open(path).resize((42, 36), Image.BILINEAR) for path in paths]
+    crops = [np.asarray(image, np.float64)[2:34, 5:37] for image in resized]
     expected = np.mean(crops, axis=0).transpose(2, 0, 1)
     found = read_source(uninterrupted / "final.safetensors").preprocessing
     assert found.channel_order == "RGB" and found.value_range == 255 and found.std == (1, 1, 1)
@@ -108,10 +87,7 @@ def test_the_mean_is_the_training_sets(images, uninterrupted):
 
 
 def test_another_set_of_classes_is_refused(images, config, tmp_path):
-    other = tmp_path / "val"
-    for name in ("n01", "n02", "n09"):
-        (other / name).mkdir(parents=True)
-        Image.new("RGB", (40, 40)).save(other / name / "0.png")
+    other = fill(tmp_path / "val", ("n01", "n02", "n09"), 1)
     folder = ("--output-dir", tmp_path / "x")
     assert "n09" in refused("--config-file", config, *SMALL, *folder, f"data.val_root={other}")
 
