@@ -6,47 +6,24 @@ from drawn_networks import assert_close
 
 pytest.importorskip("transformers")
 
-from transformers import (  # noqa: E402
-    ConditionalDetrConfig,
-    ConditionalDetrForObjectDetection,
-    DetrConfig,
-    DetrForObjectDetection,
-    DetrImageProcessor,
-    ResNetBackbone,
-    ResNetConfig,
-    TimmBackbone,
-    TimmBackboneConfig,
-)
+import transformers
+from transformers import DetrImageProcessor, ResNetBackbone, ResNetConfig
 
-from resnet_backbone.adapters.huggingface import (  # noqa: E402
-    backbone_config,
-    image_normalization,
-    load_backbone,
-    rgb_checkpoint,
-)
-from resnet_backbone.weights import (  # noqa: E402
-    InputNormalizer,
-    WeightsError,
-    get_preprocessing,
-    read_checkpoint,
-)
+from resnet_backbone.adapters import image_normalization, rgb_checkpoint
+from resnet_backbone.adapters.huggingface import backbone_config, load_backbone
+from resnet_backbone.weights import InputNormalizer, WeightsError, get_preprocessing
+from resnet_backbone.weights.reading import read_checkpoint
 
-SMALL = dict(
-    num_labels=20,
-    use_timm_backbone=False,
-    d_model=32,
-    encoder_layers=1,
-    decoder_layers=1,
-    encoder_ffn_dim=32,
-    decoder_ffn_dim=32,
-    encoder_attention_heads=2,
-    decoder_attention_heads=2,
-    num_queries=5,
-)
+SMALL = dict(num_labels=20, use_timm_backbone=False, d_model=32, num_queries=5)
+for part in ("encoder", "decoder"):
+    SMALL |= {f"{part}_layers": 1, f"{part}_ffn_dim": 32, f"{part}_attention_heads": 2}
+DETR = transformers.DetrForObjectDetection, transformers.DetrConfig
+CONDITIONAL = transformers.ConditionalDetrForObjectDetection, transformers.ConditionalDetrConfig
 
 
-def detr(checkpoint, kind=DetrForObjectDetection, config=DetrConfig, **options):
-    return kind(config(backbone_config=backbone_config(checkpoint, **options), **SMALL))
+def detr(backbone, classes=DETR):
+    kind, config = classes
+    return kind(config(backbone_config=backbone, **SMALL))
 
 
 def inner(model):
@@ -58,7 +35,8 @@ def test_detr_sees_the_maps_of_the_original_network(name, preprocessing, weights
     """From bytes through DETR's own image processor, at the photograph's own size."""
     path, network = weights_file(name, preprocessing)
     checkpoint = rgb_checkpoint(path)
-    model = detr(checkpoint, out_features=["stage2", "stage3", "stage4"]).eval()
+    backbone = backbone_config(checkpoint, out_features=["stage2", "stage3", "stage4"])
+    model = detr(backbone).eval()
     load_backbone(model, checkpoint)
     processor = DetrImageProcessor(do_resize=False, **image_normalization(checkpoint.preprocessing))
     batch = processor(photo_bytes, return_tensors="pt")
@@ -70,25 +48,16 @@ def test_detr_sees_the_maps_of_the_original_network(name, preprocessing, weights
         assert_close(x, wanted[stage])
 
 
-@pytest.mark.parametrize(
-    "kind, config",
-    [
-        (DetrForObjectDetection, DetrConfig),
-        (ConditionalDetrForObjectDetection, ConditionalDetrConfig),
-    ],
-)
-def test_detectors_train(kind, config, weights_file, photo_bytes):
+@pytest.mark.parametrize("classes", [DETR, CONDITIONAL])
+def test_detectors_train(classes, weights_file, photo_bytes):
     checkpoint = rgb_checkpoint(weights_file("resnet50", "msra")[0])
-    model = detr(checkpoint, kind, config).train()
+    model = detr(backbone_config(checkpoint), classes).train()
     load_backbone(model, checkpoint)
     processor = DetrImageProcessor(**image_normalization(checkpoint.preprocessing))
     box = dict(bbox=[20, 20, 60, 50], category_id=3, area=3000, iscrowd=0)
-    batch = processor(
-        [photo_bytes[0], photo_bytes[0, :, :80]],
-        annotations=[dict(image_id=i, annotations=[box]) for i in range(2)],
-        size={"shortest_edge": 96, "longest_edge": 128},
-        return_tensors="pt",
-    )
+    options = dict(annotations=[dict(image_id=i, annotations=[box]) for i in range(2)])
+    options |= dict(size={"shortest_edge": 96, "longest_edge": 128}, return_tensors="pt")
+    batch = processor([photo_bytes[0], photo_bytes[0, :, :80]], **options)
     loss = model(**batch).loss
     loss.backward()
     stages = [inner(model).embedder, *inner(model).encoder.stages]
@@ -102,7 +71,7 @@ def test_detectors_train(kind, config, weights_file, photo_bytes):
 @pytest.mark.parametrize("freeze_at", [0, 3])
 def test_freeze_at(freeze_at, weights_file):
     checkpoint = rgb_checkpoint(weights_file("resnet18", "msra")[0])
-    model = detr(checkpoint)
+    model = detr(backbone_config(checkpoint))
     load_backbone(model, checkpoint, freeze_at)
     stages = [inner(model).embedder, *inner(model).encoder.stages]
     trains = [all(p.requires_grad for p in stage.parameters()) for stage in stages]
@@ -112,10 +81,9 @@ def test_freeze_at(freeze_at, weights_file):
 def test_timms_entry_is_a_backbone_of_transformers():
     import resnet_backbone.adapters.timm_models  # noqa: F401
 
-    config = TimmBackboneConfig(
-        backbone="paper_resnet18", out_indices=[2, 4], use_pretrained_backbone=False
-    )
-    maps = TimmBackbone(config)(torch.rand(1, 3, 64, 64)).feature_maps
+    options = dict(out_indices=[2, 4], use_pretrained_backbone=False)
+    config = transformers.TimmBackboneConfig(backbone="paper_resnet18", **options)
+    maps = transformers.TimmBackbone(config)(torch.rand(1, 3, 64, 64)).feature_maps
     assert [tuple(x.shape) for x in maps] == [(1, 128, 8, 8), (1, 512, 2, 2)]
 
 
@@ -125,7 +93,7 @@ def test_another_stride_or_depth_than_the_models(weights_file):
         (ResNetConfig(), "downsample_in_bottleneck"),
         (ResNetConfig(depths=[3, 4, 23, 3], downsample_in_bottleneck=True), "depths"),
     ):
-        model = DetrForObjectDetection(DetrConfig(backbone_config=config, **SMALL))
+        model = detr(config)
         before = inner(model).embedder.embedder.convolution.weight.clone()
         with pytest.raises(WeightsError, match=name):
             load_backbone(model, checkpoint)
@@ -134,7 +102,7 @@ def test_another_stride_or_depth_than_the_models(weights_file):
 
 def test_weights_that_were_not_converted_or_have_no_place(weights_file):
     checkpoint = read_checkpoint(weights_file("resnet18", "msra")[0])
-    model = detr(checkpoint)
+    model = detr(backbone_config(checkpoint))
     with pytest.raises(WeightsError, match="rgb_checkpoint"):
         load_backbone(model, checkpoint)
     with pytest.raises(WeightsError, match="0 ResNetBackbone"):

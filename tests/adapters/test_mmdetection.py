@@ -16,16 +16,14 @@ from mmengine.config import Config  # noqa: E402
 from mmengine.model import BaseModule  # noqa: E402
 from mmengine.registry import MODELS, Registry  # noqa: E402
 
-from resnet_backbone.adapters.mmdetection import (  # noqa: E402
-    PaperResNet,
-    check_data_preprocessor,
-    data_preprocessor_for,
-)
+from resnet_backbone.adapters import mmdetection  # noqa: E402
+from resnet_backbone.adapters.mmdetection import PaperResNet  # noqa: E402
 from resnet_backbone.models import FrozenBatchNorm2d  # noqa: E402
 from resnet_backbone.weights import InputNormalizer, WeightsError, get_preprocessing  # noqa: E402
 
 MSRA = dict(mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], bgr_to_rgb=False)
 TORCHVISION = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True)
+STYLES = [("msra", MSRA, "caffe"), ("torchvision", TORCHVISION, "pytorch")]
 
 
 def test_mmdetections_registry_finds_it():
@@ -68,11 +66,8 @@ def test_frozen_stages_and_norm_eval(frozen_stages, norm_eval):
         assert all((p.grad is None) == frozen for p in stage.parameters()), name
         norms = [m for m in stage.modules() if isinstance(m, (nn.BatchNorm2d, FrozenBatchNorm2d))]
         assert all(isinstance(m, FrozenBatchNorm2d) == frozen for m in norms), name
-        moved = any(
-            not torch.equal(value, before[key])
-            for key, value in backbone.state_dict().items()
-            if key.startswith(f"network.{name}.") and key.endswith("running_mean")
-        )
+        means = [k for k in before if k.startswith(f"network.{name}.") and k.endswith("_mean")]
+        moved = any(not torch.equal(backbone.state_dict()[key], before[key]) for key in means)
         assert moved == (not frozen and not norm_eval), name
     assert backbone.training and not backbone.eval().training
 
@@ -85,9 +80,7 @@ def test_norm_cfg():
     assert isinstance(group, nn.GroupNorm)
 
 
-@pytest.mark.parametrize(
-    "name, settings, style", [("msra", MSRA, "caffe"), ("torchvision", TORCHVISION, "pytorch")]
-)
+@pytest.mark.parametrize("name, settings, style", STYLES)
 def test_weights_come_from_init_cfg(name, settings, style, weights_file, photo_bytes):
     path, network = weights_file("resnet50", name)
     pretrained = dict(type="Pretrained", checkpoint=str(path))
@@ -135,9 +128,9 @@ def test_what_no_tensor_shows_is_compared(weights_file):
 @pytest.mark.parametrize("name", ["msra", "torchvision"])
 def test_settings_written_for_weights_pass_their_check(name):
     preprocessing = get_preprocessing(name)
-    check_data_preprocessor(preprocessing, data_preprocessor_for(preprocessing), "x")
     usual = dict(msra=MSRA, torchvision=TORCHVISION)[name]  # mmdetection's own configs
-    check_data_preprocessor(preprocessing, usual, "x")
+    for settings in (mmdetection.data_preprocessor_for(preprocessing), usual):
+        mmdetection.check_data_preprocessor(preprocessing, settings, "x")
 
 
 @pytest.mark.parametrize(
@@ -153,9 +146,8 @@ def test_settings_written_for_weights_pass_their_check(name):
 )
 def test_another_data_preprocessor_is_refused(settings, message, weights_file):
     path, _ = weights_file("resnet18", "msra")
-    backbone = PaperResNet(
-        18, data_preprocessor=settings, init_cfg=dict(type="Pretrained", checkpoint=str(path))
-    )
+    pretrained = dict(type="Pretrained", checkpoint=str(path))
+    backbone = PaperResNet(18, data_preprocessor=settings, init_cfg=pretrained)
     before = backbone.network.res5[1].conv2.weight.clone()
     with pytest.raises(WeightsError, match=message):
         backbone.init_weights()
@@ -179,9 +171,8 @@ def test_initialization_by_others_is_refused():
 
 def test_mmdetections_other_arguments_with_their_defaults():
     """As mmdetection's DC5 config has them."""
-    backbone = PaperResNet(
-        50, strides=[1, 2, 2, 1], dilations=(1, 1, 1, 2), dcn=None, with_cp=False, deep_stem=False
-    )
+    places = dict(strides=[1, 2, 2, 1], dilations=(1, 1, 1, 2))
+    backbone = PaperResNet(50, dcn=None, with_cp=False, deep_stem=False, **places)
     with torch.no_grad():
         sizes = [x.shape[-1] for x in backbone.eval()(torch.rand(1, 3, 64, 64))]
     assert sizes == [16, 8, 4, 4]

@@ -11,8 +11,6 @@ from torch import nn
 from resnet_backbone.models import analyze, build_model, count_parameters
 
 build_on_meta = lru_cache(partial(on_meta, build_model))
-
-
 NAMES = "resnet18 resnet34 resnet50 resnet101 resnet152 vgg11 vgg16 vgg19"
 
 

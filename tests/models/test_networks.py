@@ -21,6 +21,7 @@ from resnet_backbone.models.resnet import CifarResNet, ResNet, resnet_stage
 
 build_on_meta = partial(on_meta, build_model)
 cached = lru_cache(build_on_meta)
+KINDS = "resnet18 resnet50 vgg11_bn cifar_resnet20 prelu_net_b bn_inception"
 
 
 def conv_channels(model):
@@ -129,9 +130,6 @@ def test_feature_table_is_true(name, height, width):
         rounding = math.ceil if stage in ROUNDED_UP.get(name, model.features) else math.floor
         sides, before = tuple(rounding(side * before / stride) for side in sides), stride
         assert maps[stage].shape == (2, channels, *sides), stage
-
-
-KINDS = "resnet18 resnet50 vgg11_bn cifar_resnet20 prelu_net_b bn_inception"
 
 
 @pytest.mark.parametrize("name", KINDS.split())
