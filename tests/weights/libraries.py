@@ -29,13 +29,10 @@ class Logits(nn.Module):
 def transformers_resnet(name, stride_in_1x1=False):
     transformers = pytest.importorskip("transformers")
     block, depths = DEPTHS[int(name.removeprefix("resnet"))]
-    config = transformers.ResNetConfig(
-        depths=list(depths),
-        hidden_sizes=[width * block.expansion for width in (64, 128, 256, 512)],
-        layer_type="bottleneck" if name in BOTTLENECKS else "basic",
-        downsample_in_bottleneck=stride_in_1x1,
-        num_labels=CLASSES,
-    )
+    widths = [width * block.expansion for width in (64, 128, 256, 512)]
+    options = dict(depths=list(depths), hidden_sizes=widths, num_labels=CLASSES)
+    options["layer_type"] = "bottleneck" if name in BOTTLENECKS else "basic"
+    config = transformers.ResNetConfig(downsample_in_bottleneck=stride_in_1x1, **options)
     return Logits(transformers.ResNetForImageClassification(config), attrgetter("logits"))
 
 

@@ -9,15 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from resnet_backbone.models import list_models
-from resnet_backbone.weights.architecture import (
-    VISIBLE_OPTIONS,
-    check_tensors,
-    constructor_options,
-    deepest_stage,
-    infer_models,
-    shapes_of,
-    spell,
-)
+from resnet_backbone.weights import architecture
+from resnet_backbone.weights.architecture import constructor_options, infer_models, shapes_of
 from resnet_backbone.weights.checkpoint import ModelSpec
 
 SHORTCUTS = ("A", "B", "C", "highway", "none")
@@ -28,7 +21,7 @@ ACTIVATIONS = ("relu", "prelu")
 def visible_options(spec):
     """All options that tensors may show, with the defaults of the name."""
     options = {**constructor_options(spec.name), **spec.options}
-    return {key: options[key] for key in VISIBLE_OPTIONS if key in options}
+    return {key: options[key] for key in architecture.VISIBLE_OPTIONS if key in options}
 
 
 def check_found(name, num_classes, options):
@@ -48,13 +41,12 @@ def check_found(name, num_classes, options):
     return matching[0]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name == "cifar_resnet1202" else name
-        for name in (*list_models(), "cifar_resnet8", "cifar_plain26")
-    ],
-)
+NAMES = [*list_models(), "cifar_resnet8", "cifar_plain26"]
+NAMES.remove("cifar_resnet1202")
+DEEPEST = pytest.param("cifar_resnet1202", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [*NAMES, DEEPEST])
 def test_every_name(name):
     found = check_found(name, 7, {})
     assert found == ModelSpec(name, 7)
@@ -111,7 +103,7 @@ def test_other_batch_norms_have_the_tensors_of_batch_norm(norm):
 def test_backbones_and_those_that_stop_early(name, stages, found):
     state = meta_state(name, out_features=stages)
     assert infer_models(state)[0] == ModelSpec(found)
-    assert deepest_stage(state) == stages[-1]
+    assert architecture.deepest_stage(state) == stages[-1]
     assert shapes_of(meta_state(found, out_features=stages)) == shapes_of(state)
 
 
@@ -131,18 +123,10 @@ def test_vgg_without_its_last_layer():
         infer_models(state)
 
 
-STATES = {
-    name: meta_state(name, **options)
-    for name, options in {
-        "resnet18": {},
-        "resnet50": {"activation": "prelu"},
-        "resnet34": {"norm": "", "shortcut": "highway"},
-        "plain18": {"norm": "GN"},
-        "cifar_resnet8": {},
-        "vgg11": {},
-        "vgg13_bn": {},
-    }.items()
-}
+STATES = {name: meta_state(name) for name in ("resnet18", "cifar_resnet8", "vgg11", "vgg13_bn")}
+STATES["resnet50"] = meta_state("resnet50", activation="prelu")
+STATES["resnet34"] = meta_state("resnet34", norm="", shortcut="highway")
+STATES["plain18"] = meta_state("plain18", norm="GN")
 
 
 @settings(max_examples=100, deadline=None)
@@ -198,6 +182,10 @@ def without(name, *starts):
     return {k: v for k, v in STATES[name].items() if not k.startswith(starts)}
 
 
+THREE_BLOCKS = replaced("cifar_resnet8", "res3.1.conv1.weight", 32, 32, 3, 3)
+MANY_BLOCKS = replaced("cifar_resnet8", "res2.100000000.conv1.weight", 1)
+
+
 @pytest.mark.parametrize(
     "state, message",
     [
@@ -209,22 +197,13 @@ def without(name, *starts):
         (without("resnet18", "res5"), r"missing, the first is res5"),
         (without("vgg11", "conv5.1"), r"no VGG has \(1, 1, 2, 2, 1\) convolutions"),
         (without("cifar_resnet8", "res4"), "missing, the first is res4"),
-        (
-            replaced("cifar_resnet8", "res3.1.conv1.weight", 32, 32, 3, 3),
-            r"the same number of blocks in each stage, not \(1, 2, 1\)",
-        ),
+        (THREE_BLOCKS, r"the same number of blocks in each stage, not \(1, 2, 1\)"),
         (replaced("resnet18", "stem.conv1.weight", 64, 3, 3, 3), "3x3, not 7x7: .* another stem"),
         (replaced("resnet50", "res2.0.conv2.weight", 64, 2, 3, 3), "grouped .*ResNeXt"),
-        (
-            replaced("resnet18", "linear.weight", 9),
-            r"linear.weight has shape \(9,\), but needs 2 dimen",
-        ),
+        (replaced("resnet18", "linear.weight", 9), r"linear.weight has shape \(9,\), but needs 2"),
         (replaced("resnet18", "res4.0.conv1.weight", 1), r"res4.0.conv1.weight has shape"),
         (replaced("resnet18", "res2.0.se.weight", 1), "resnet18 has no res2.0.se.weight"),
-        (
-            replaced("cifar_resnet8", "res2.100000000.conv1.weight", 1),
-            "shape .1,., but needs 4 dimensions",
-        ),
+        (MANY_BLOCKS, "shape .1,., but needs 4 dimensions"),
         (without("resnet18", "stem.conv1.norm"), "neither a norm .* nor stem.conv1.bias"),
         (without("resnet18", "res4.0.conv2.norm"), "missing, the first is res4.0.conv2.norm"),
     ],
@@ -235,17 +214,18 @@ def test_refusals(state, message):
 
 
 def test_tensors_of_a_stated_network():
-    check_tensors(STATES["plain18"], ModelSpec("plain18", 1000, {"norm": "GN"}))
+    architecture.check_tensors(STATES["plain18"], ModelSpec("plain18", 1000, {"norm": "GN"}))
     with pytest.raises(ValueError, match="resnet18 with norm='GN' are missing, the first is res3"):
-        check_tensors(STATES["plain18"], ModelSpec("resnet18", 1000, {"norm": "GN"}))
+        architecture.check_tensors(STATES["plain18"], ModelSpec("resnet18", 1000, {"norm": "GN"}))
     with pytest.raises(ValueError, match=r"linear.weight has shape \(1000, 512\), but"):
-        check_tensors(STATES["resnet18"], ModelSpec("resnet18", 5))
+        architecture.check_tensors(STATES["resnet18"], ModelSpec("resnet18", 5))
 
 
 def test_spelling():
     options = {"norm": "GN", "shortcut": "A", "stride_in_1x1": True, "dilations": (1, 1, 1, 2)}
-    assert spell(ModelSpec("resnet50", 9, options)) == "resnet50 with norm='GN', shortcut='A'"
-    assert spell(ModelSpec("vgg16")) == "vgg16"
+    found = architecture.spell(ModelSpec("resnet50", 9, options))
+    assert found == "resnet50 with norm='GN', shortcut='A'"
+    assert architecture.spell(ModelSpec("vgg16")) == "vgg16"
 
 
 def test_constructor_options():

@@ -9,13 +9,8 @@ from drawn_networks import random_checkpoint
 
 from resnet_backbone.runtime.builtin import load_photograph
 from resnet_backbone.weights import WeightsError, get_preprocessing
-from resnet_backbone.weights.compare import (
-    compare,
-    difference,
-    double_hypotheses,
-    sample_images,
-    single_hypotheses,
-)
+from resnet_backbone.weights import compare as module
+from resnet_backbone.weights.compare import compare, difference, sample_images
 from resnet_backbone.weights.convert import convert_input, fold_bn, to_dtype
 from resnet_backbone.weights.load import build_network
 
@@ -99,9 +94,9 @@ def test_other_weights_have_no_explanation():
     a = random_checkpoint("cifar_resnet20")
     kernel = a.tensors["res3.0.conv1.weight"]
     b = replace(a, tensors={**a.tensors, "res3.0.conv1.weight": kernel.flip(0)})
-    found, singles = compare(a, b, sample_images(32).images), single_hypotheses(a, b)
+    found, singles = compare(a, b, sample_images(32).images), module.single_hypotheses(a, b)
     assert not found.equal and not found.explanation
-    assert found.num_tried == len([*singles, *double_hypotheses(singles)]) + 5
+    assert found.num_tried == len([*singles, *module.double_hypotheses(singles)]) + 5
     assert found.difference.relative > 1e-3
 
 

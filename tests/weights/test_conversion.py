@@ -8,17 +8,9 @@ from drawn_networks import random_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resnet_backbone.weights import PREPROCESSINGS, Checkpoint, ModelSpec, WeightsError
+from resnet_backbone.weights import PREPROCESSINGS, Checkpoint, ModelSpec, WeightsError, convert
 from resnet_backbone.weights.compare import compare
-from resnet_backbone.weights.convert import (
-    convert_input,
-    first_convolution,
-    fold_bn,
-    to_bn_eps,
-    to_dtype,
-    to_unit_responses,
-    use_channel_means,
-)
+from resnet_backbone.weights.convert import convert_input, fold_bn, to_dtype, to_unit_responses
 from resnet_backbone.weights.load import build_network
 from resnet_backbone.weights.preprocessing import InputNormalizer
 
@@ -40,17 +32,16 @@ def every_conversion(checkpoint):
     """name -> the checkpoint converted."""
     own = checkpoint.preprocessing
     range_ = 256.0 - own.value_range  # the other of 1 and 255
+    changed = dict(channel_order=own.channel_order[::-1], value_range=range_)
     found = {
         "order": convert_input(checkpoint, channel_order=own.channel_order[::-1]),
         "range": convert_input(checkpoint, value_range=range_),
         "std": convert_input(checkpoint, std=(0.3, 0.4, 0.7)),
-        "all": convert_input(
-            checkpoint, channel_order=own.channel_order[::-1], value_range=range_, std=(1, 1, 1)
-        ),
+        "all": convert_input(checkpoint, std=(1, 1, 1), **changed),
     }
     if any(".norm." in key for key in checkpoint.tensors):
         found["BN"] = fold_bn(checkpoint)
-        found["eps"] = to_bn_eps(checkpoint, 1e-2)
+        found["eps"] = convert.to_bn_eps(checkpoint, 1e-2)
         found["all and BN"] = fold_bn(found["all"])
     return found
 
@@ -110,12 +101,8 @@ def test_std_there_and_back_is_exact_to_rounding(first, second):
     before = Checkpoint({"stem.weight": kernel}, ModelSpec("cifar_resnet20"), preprocessing)
     there = convert_input(before, std=second)
     ratios = torch.tensor(second).double() / torch.tensor(first).double()
-    torch.testing.assert_close(
-        there.tensors["stem.weight"].double(),
-        kernel.double() * ratios[:, None, None],
-        rtol=1e-6,
-        atol=0,
-    )
+    found, expected = there.tensors["stem.weight"].double(), kernel * ratios[:, None, None]
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     back = convert_input(there, std=first)
     torch.testing.assert_close(back.tensors["stem.weight"], kernel, rtol=3e-7, atol=0)
 
@@ -124,7 +111,7 @@ def test_powers_of_two_are_bit_exact(small):
     own = small.preprocessing.std
     there = convert_input(small, std=(own[0] * 2, own[1] / 4, own[2]))
     back = convert_input(there, std=own)
-    key = first_convolution(small.tensors)
+    key = convert.first_convolution(small.tensors)
     assert not torch.equal(there.tensors[key], small.tensors[key])
     assert torch.equal(back.tensors[key], small.tensors[key])
 
@@ -152,7 +139,7 @@ def test_mean_image_follows(small, pictures):
     assert relative(before, small, images) > 1e-3
     for step, after in every_conversion(before).items():
         assert relative(before, after, images) < 1e-5, step
-    assert relative(use_channel_means(before), small, images) == 0
+    assert relative(convert.use_channel_means(before), small, images) == 0
 
 
 @pytest.mark.data
@@ -238,4 +225,4 @@ def test_gray_images_are_refused():
     with pytest.raises(WeightsError, match="only color"):
         convert_input(gray, channel_order="RGB")
     with pytest.raises(ValueError, match="none of the keys stem.conv1.weight"):
-        first_convolution({"features.0.weight": torch.zeros(1, 3, 3, 3)})
+        convert.first_convolution({"features.0.weight": torch.zeros(1, 3, 3, 3)})

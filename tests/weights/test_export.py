@@ -92,24 +92,15 @@ def by_detectron2(exported, images):
     network = detectron2_resnet(spec.name, own.stride_in_1x1, num_classes=spec.num_classes).eval()
     DetectionCheckpointer(network).load(str(exported.path))
     order = [2, 1, 0] if own.channel_order == "BGR" else [0, 1, 2]  # INPUT.FORMAT
-    pixels = torch.stack(
-        [torch.tensor(np.array(image)[:, :, order].transpose(2, 0, 1)) for image in images]
-    )
+    pixels = as_tensor(images)[:, order]
     settings = dict(line.split(maxsplit=1) for line in exported.usage.splitlines())
-    mean, std = (
-        torch.tensor(json.loads(settings[f"MODEL.PIXEL_{name}"])).view(3, 1, 1)
-        for name in ("MEAN", "STD")
-    )
+    stated = (json.loads(settings[f"MODEL.PIXEL_{name}"]) for name in ("MEAN", "STD"))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in stated)
     return network((pixels - mean) / std)["linear"]
 
 
-LOADERS = {
-    "torchvision": by_torchvision,
-    "timm": by_timm,
-    "huggingface": by_transformers,
-    "detectron2": by_detectron2,
-    "caffe2": by_detectron2,
-}
+LOADERS = dict(torchvision=by_torchvision, timm=by_timm, huggingface=by_transformers)
+LOADERS |= dict(detectron2=by_detectron2, caffe2=by_detectron2)
 
 
 @torch.inference_mode()
@@ -172,13 +163,10 @@ def test_there_and_back_is_bit_equal(format, convention, tmp_path):
     says_it = format != "torchvision"  # whose files hold nothing but tensors
     back = read_checkpoint(exported.path, "" if says_it else exported.checkpoint.preprocessing)
     assert back.preprocessing.same_input(exported.checkpoint.preprocessing)
-    again = convert_input(
-        back,
-        channel_order=before.preprocessing.channel_order,
-        value_range=before.preprocessing.value_range,
-    )
-    assert again.preprocessing.mean == pytest.approx(before.preprocessing.mean, rel=1e-12)
-    assert again.preprocessing.std == pytest.approx(before.preprocessing.std, rel=1e-12)
+    own = before.preprocessing
+    again = convert_input(back, channel_order=own.channel_order, value_range=own.value_range)
+    assert again.preprocessing.mean == pytest.approx(own.mean, rel=1e-12)
+    assert again.preprocessing.std == pytest.approx(own.std, rel=1e-12)
     assert again.tensors.keys() == before.tensors.keys()
     assert all(torch.equal(again.tensors[k], v) for k, v in before.tensors.items())
     assert (back.model.name, back.model.num_classes) == ("resnet18", 10)
@@ -220,8 +208,7 @@ def test_usage_states_the_transform(tmp_path):
 
 @pytest.mark.parametrize("format", ["detectron2", "caffe2"])
 @pytest.mark.parametrize("name, norm", [("resnet18", "BN"), ("resnet50", "BN"), ("resnet50", "GN")])
-def test_usage_builds_detectron2s_own_backbone(name, norm, format, tmp_path):
-    pytest.importorskip("detectron2")
+def test_usage_builds_detectron2s_own_backbone(name, norm, format, tmp_path, detectron2):
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.config import get_cfg
     from detectron2.modeling import build_backbone
@@ -353,11 +340,10 @@ def test_wrong_targets(tmp_path):
 def test_nothing_is_overwritten_unless_asked(format, tmp_path):
     path = target(tmp_path, format)
     export_checkpoint(random_checkpoint("resnet18"), path, format)
+    other = random_checkpoint("resnet18", num_classes=5)
     with pytest.raises(WeightsError, match="already exists"):
-        export_checkpoint(random_checkpoint("resnet18", num_classes=5), path, format)
-    exported = export_checkpoint(
-        random_checkpoint("resnet18", num_classes=5), path, format, overwrite=True
-    )
+        export_checkpoint(other, path, format)
+    exported = export_checkpoint(other, path, format, overwrite=True)
     assert read_checkpoint(path, exported.checkpoint.preprocessing).model.num_classes == 5
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 

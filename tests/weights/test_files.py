@@ -13,21 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn import BatchNorm2d, Sequential
 
 from resnet_backbone.models import build_model
-from resnet_backbone.weights import (
-    PREPROCESSINGS,
-    Checkpoint,
-    ModelSpec,
-    Origin,
-    Preprocessing,
-    WeightsError,
-    load_weights,
-    read_checkpoint,
-    save_weights,
-    write_checkpoint,
-)
+from resnet_backbone.weights import Checkpoint, ModelSpec, Origin, write_checkpoint
 from resnet_backbone.weights.checkpoint import MODEL_KEY, ORIGIN_KEY, SCHEMA_KEY, FileMetadata
 from resnet_backbone.weights.keymaps.table import without_counters
-from resnet_backbone.weights.reading import describe_weights, read_header
+from resnet_backbone.weights.load import load_weights, save_weights
+from resnet_backbone.weights.preprocessing import PREPROCESSINGS, Preprocessing, WeightsError
+from resnet_backbone.weights.reading import describe_weights, read_checkpoint, read_header
 
 MSRA = PREPROCESSINGS["msra"]
 
@@ -177,12 +168,9 @@ def test_a_checkpoint_comes_back_as_it_was(path):
     """With its types, its mean image and its origin; its metadata are what the guide says."""
     tensors = without_counters(build_model("cifar_resnet8", num_classes=3).half().state_dict())
     image = torch.rand(3, 8, 8)
-    first = Checkpoint(
-        tensors,
-        ModelSpec("cifar_resnet8", 3),
-        replace(MSRA, mean_image=image),
-        Origin("caffe2", "R-18.pkl", "0" * 64, "", "somewhere"),
-    )
+    spec, own = ModelSpec("cifar_resnet8", 3), replace(MSRA, mean_image=image)
+    origin = Origin("caffe2", "R-18.pkl", "0" * 64, "", "somewhere")
+    first = Checkpoint(tensors, spec, own, origin)
     write_checkpoint(first, path)
     second = read_checkpoint(path)
     assert replace(second, tensors={}) == replace(first, tensors={})

@@ -1,6 +1,7 @@
 """Files made to harm: each is refused by name of the cause, nothing runs, memory stays small."""
 
 import io
+import json
 import os
 import pickle
 import resource
@@ -46,6 +47,8 @@ def hostile_pickles(canary) -> dict[str, tuple[bytes, str]]:
     system = Call(os.system, command(canary))
     opening = Call(eval, f"open({str(canary)!r}, 'w')")
     reduce = b"\x80\x02c%b\n" % b"posix\nsystem" + touch + b"\x85R."
+    build = b"\x80\x02cnumpy\nndarray\n}" + text("x") + b"K\x01sb."
+    names, objects = text("os") + text("system"), np.array([system, None], dtype=object)
     return {
         "system": (pickle.dumps(system, 2), "posix.system"),
         "system, protocol 0": (pickle.dumps(system, 0), "posix.system"),
@@ -61,27 +64,15 @@ def hostile_pickles(canary) -> dict[str, tuple[bytes, str]]:
         "obj": (b"\x80\x02(cposix\nsystem\n" + touch + b"o.", "posix.system"),
         "newobj": (b"\x80\x02cnumpy\nndarray\n)\x81.", "content is of type Array"),
         "ext": (b"\x80\x02\x82\x01.", "unregistered extension code"),
-        "persistent id": (
-            b"\x80\x02" + text("storage") + b"Q.",
-            "persistent id|persistent_load|storage",
-        ),
+        "persistent id": (b"\x80\x02" + text("storage") + b"Q.", "persistent(_load| id)|storage"),
         "persistent id, protocol 0": (b"Pstorage\n.", "persistent id"),
-        "stack global": (
-            b"\x80\x04" + text("os") + text("system") + b"\x93" + touch + b"\x85R.",
-            "os.system",
-        ),
+        "stack global": (b"\x80\x04" + names + b"\x93" + touch + b"\x85R.", "os.system"),
         "global that is no text": (b"\x80\x04K\x01K\x02\x93.", "STACK_GLOBAL requires str"),
         "dotted": (b"\x80\x04" + text("collections") + text("abc.os") + b"\x93.", "abc.os"),
         "call of a container": (b"\x80\x02]" + b")R.", "not callable|unrecognized function"),
-        "build": (
-            b"\x80\x02cnumpy\nndarray\n}" + text("x") + b"K\x01sb.",
-            "__setstate__|Can only build",
-        ),
+        "build": (build, "__setstate__|Can only build"),
         "buffer": (b"\x80\x05\x97.", "out-of-band"),
-        "objects": (
-            pickle.dumps({"a": np.array([system, None], dtype=object)}, 2),
-            "dtype 'O8'|posix.system",
-        ),
+        "objects": (pickle.dumps({"a": objects}, 2), "dtype 'O8'|posix.system"),
         "records": (pickle.dumps({"a": np.zeros(2, "f4,i4")}, 2), "dtype 'V8'"),
         "memory map": (pickle.dumps(Call(np.memmap, str(canary)), 2), "memmap"),
     }
@@ -143,14 +134,9 @@ def tensor_pickle(count: int, size: tuple, stride: tuple, keys: int = 1) -> byte
     def numbers(values: tuple) -> bytes:
         return b"(" + b"".join(map(number, values)) + b"t"
 
-    tensor = (
-        b"ctorch._utils\n_rebuild_tensor_v2\n((U\x07storagectorch\nFloatStorage\nU\x010U\x03cpu"
-        + number(count)
-        + b"tQK\x00"
-        + numbers(size)
-        + numbers(stride)
-        + b"\x89NtR"
-    )
+    start = b"ctorch._utils\n_rebuild_tensor_v2\n((U\x07storagectorch\nFloatStorage\nU\x010U\x03cpu"
+    shape = numbers(size) + numbers(stride)
+    tensor = start + number(count) + b"tQK\x00" + shape + b"\x89NtR"
     items = b"".join(text(f"k{index}") + tensor + b"s" for index in range(keys))
     return b"\x80\x02}" + items + b"."
 
@@ -167,12 +153,8 @@ def bombs() -> dict[str, tuple[str, bytes, str]]:
     def safetensors(head: bytes, data: bytes = b"", length: int | None = None) -> bytes:
         return struct.pack("<Q", len(head) if length is None else length) + head + data
 
-    encode = (
-        b"\x80\x02"
-        + text("a" * 10**6)
-        + b"q\x00"
-        + (b"c_codecs\nencode\nh\x00U\x06latin1\x86R" * 10_000)
-    )
+    encode = b"c_codecs\nencode\nh\x00U\x06latin1\x86R" * 10_000
+    encode = b"\x80\x02" + text("a" * 10**6) + b"q\x00" + encode
     whole, of_four = "not a complete", dict(count=4, stride=(1,))
     tall = header % (b"4294967296,4294967296", b"4")
     long = header % (b"1099511627776", b"4398046511104")
@@ -233,9 +215,10 @@ def cycle(length: int) -> dict:
 @pytest.mark.parametrize("suffix", [".pkl", ".pth"])
 def test_cyclic_wrappings_end(tmp_path, suffix, length):
     path = tmp_path / f"a{suffix}"
-    path.write_bytes(pickle.dumps(cycle(length), 2)) if suffix == ".pkl" else torch.save(
-        cycle(length), path
-    )
+    if suffix == ".pkl":
+        path.write_bytes(pickle.dumps(cycle(length), 2))
+    else:
+        torch.save(cycle(length), path)
     with pytest.raises(WeightsError, match="contains itself"):
         read_tensors(path)
 
@@ -280,8 +263,6 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path):
              "", "x.pkl", "C:x.safetensors", 3, None, ["x.safetensors"]]
 )  # fmt: skip
 def test_an_index_leads_nowhere_else(tmp_path, name):
-    import json
-
     folder = tmp_path / "folder"
     folder.mkdir()
     save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
@@ -292,14 +273,9 @@ def test_an_index_leads_nowhere_else(tmp_path, name):
 
 
 def fuzz(count: int, seed: int, folder: Path) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", FUZZ, str(count), str(seed), folder],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=FUZZ.parents[2],
-    )
+    place = dict(env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=FUZZ.parents[2])
+    command = [sys.executable, "-W", "ignore", FUZZ, str(count), str(seed), folder]
+    done = subprocess.run(command, capture_output=True, text=True, **place)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

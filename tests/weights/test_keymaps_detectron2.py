@@ -109,12 +109,9 @@ def test_no_backbone():
 
 
 STAGES = ("res2", "res3", "res4", "res5")
-OTHER_SPELLING = {
-    "bn_s": "bn_gamma",
-    "bn_b": "bn_beta",
-    "bn_rm": "bn_running_mean",
-    "bn_riv": "bn_running_var",
-}
+NETWORKS = [("resnet18", "BN"), ("resnet50", "BN"), ("resnet50", "GN"), ("resnet152", "BN")]
+OTHER_SPELLING = {"bn_s": "bn_gamma", "bn_b": "bn_beta"}
+OTHER_SPELLING |= {"bn_rm": "bn_running_mean", "bn_riv": "bn_running_var"}
 
 
 def random_tensors(name, norm="BN"):
@@ -139,9 +136,7 @@ def respell(blobs):
     return renamed
 
 
-@pytest.mark.parametrize(
-    "name, norm", [("resnet18", "BN"), ("resnet50", "BN"), ("resnet50", "GN"), ("resnet152", "BN")]
-)
+@pytest.mark.parametrize("name, norm", NETWORKS)
 def test_names_are_those_of_detectron2s_converter(name, norm):
     tensors = random_tensors(name, norm)
     blobs = blobs_of(tensors, name, norm)
@@ -222,11 +217,8 @@ def test_detectors_and_solvers_blobs_are_left_out():
 def test_vgg():
     torch.manual_seed(0)
     tensors = build_model("vgg16", out_features=["conv5"]).state_dict()
-    tensors |= {
-        "fc6.weight": torch.ones(2, 3),
-        "fc7.bias": torch.ones(2),
-        "linear.bias": torch.ones(1),
-    }
+    tensors |= {"fc6.weight": torch.ones(2, 3), "fc7.bias": torch.ones(2)}
+    tensors["linear.bias"] = torch.ones(1)
     blobs = CAFFE2.from_ours(tensors, ModelSpec("vgg16"))
     assert {"conv1_1_w", "conv5_3_b", "fc6_w", "fc7_b", "fc8_b"} <= set(blobs)
     assert recognize(blobs) == "caffe2"

@@ -10,19 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import resnet_backbone
-from resnet_backbone.weights import (
-    PREPROCESSINGS,
-    InputNormalizer,
-    Preprocessing,
-    WeightsError,
-    get_preprocessing,
-)
+from resnet_backbone.weights import PREPROCESSINGS, InputNormalizer, Preprocessing, WeightsError
+from resnet_backbone.weights.keymaps import torchvision as keymap
 from resnet_backbone.weights.keymaps.huggingface import hugging_face_preprocessing
-from resnet_backbone.weights.keymaps.torchvision import (
-    timm_preprocessing,
-    torchvision_preprocessing,
-)
-from resnet_backbone.weights.preprocessing import same_mean, same_std
+from resnet_backbone.weights.preprocessing import get_preprocessing, same_mean, same_std
 
 MSRA = PREPROCESSINGS["msra"]
 
@@ -51,8 +42,8 @@ def by_hand(images, preprocessing, shift=None, mean=None):
 def test_every_convention(name, shape, with_shift, channels_last):
     count, height, width = shape
     generator = torch.Generator().manual_seed(count * 100 + height * 10 + width)
-    images = torch.randint(0, 256, (count, 3, height, width), generator=generator)
-    images = images.to(torch.uint8)
+    size, options = (count, 3, height, width), dict(dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, size, **options)
     if channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     shift = torch.randn(count, 3, generator=generator) * 20 if with_shift else None
@@ -109,19 +100,12 @@ def test_preprocessing_survives_json():
     for text in ("", "[]", "{}", '{"channel_order": "RGB", "colour": 1}'):
         with pytest.raises(WeightsError, match="unreadable preprocessing"):
             Preprocessing.from_json(text)
-    for change in (
-        {"mean": [1, 2]},
-        {"std": [1, 0, 1]},
-        {"mean": [float("nan"), 0, 0]},
-        {"value_range": 0.0},
-        {"bn_eps": -1e-5},
-        {"stride_in_1x1": "yes"},
-        {"crop_size": 224.5},
-        {"interpolation": "lanczos"},
-        {"source": None},
-    ):
+    changes = [("mean", [1, 2]), ("mean", [float("nan"), 0, 0]), ("std", [1, 0, 1])]
+    changes += [("value_range", 0.0), ("bn_eps", -1e-5), ("stride_in_1x1", "yes")]
+    changes += [("crop_size", 224.5), ("interpolation", "lanczos"), ("source", None)]
+    for key, value in changes:
         with pytest.raises(WeightsError, match="preprocessing: "):
-            Preprocessing.from_json(json.dumps({**json.loads(MSRA.to_json()), **change}))
+            Preprocessing.from_json(json.dumps({**json.loads(MSRA.to_json()), key: value}))
     with pytest.raises(WeightsError, match="channel_order must be RGB or BGR, not 'rgb'"):
         Preprocessing("rgb", 1.0, (0, 0, 0), (1, 1, 1))
     with pytest.raises(WeightsError, match="'tv': use one of msra, caffe_vgg, torchvision"):
@@ -139,18 +123,15 @@ def test_values_in_pixels():
     assert not same_std((57.375, 57.12, 58.395), MSRA.std)
 
 
-@pytest.mark.parametrize(
-    "weights",
-    [
-        torchvision.models.ResNet50_Weights.IMAGENET1K_V2,
-        torchvision.models.VGG16_Weights.IMAGENET1K_V1,
-        torchvision.models.VGG16_Weights.IMAGENET1K_FEATURES,
-    ],
-    ids=str,
-)
+VGG = torchvision.models.VGG16_Weights
+ENTRIES = [torchvision.models.ResNet50_Weights.IMAGENET1K_V2]
+ENTRIES += [VGG.IMAGENET1K_V1, VGG.IMAGENET1K_FEATURES]
+
+
+@pytest.mark.parametrize("weights", ENTRIES, ids=str)
 def test_torchvisions_own_transform(weights):
     """Each entry says it itself: one of them has another mean and std."""
-    found, transform = torchvision_preprocessing(weights), weights.transforms()
+    found, transform = keymap.torchvision_preprocessing(weights), weights.transforms()
     image = torch.randint(0, 256, (3, found.crop_size, found.crop_size), dtype=torch.uint8)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (found.mean, found.std))
     transform.resize_size = [found.crop_size]  # the image has that size
@@ -161,7 +142,7 @@ def test_torchvisions_own_transform(weights):
 @pytest.mark.parametrize("name", timm.list_pretrained(["resnet18.*", "resnet34.*", "vgg16*"]))
 def test_timms_own_transform(name):
     config = timm.get_pretrained_cfg(name)
-    found = timm_preprocessing(config.to_dict(), "")
+    found = keymap.timm_preprocessing(config.to_dict(), "")
     expected = timm.data.resolve_data_config(pretrained_cfg=config.to_dict())
     assert (found.mean, found.std) == (expected["mean"], expected["std"])
     assert found.interpolation == expected["interpolation"]

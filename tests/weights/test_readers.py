@@ -95,10 +95,8 @@ def python2_pickle(arrays: dict[str, np.ndarray]) -> bytes:
     """Protocol 2 as Python 2 writes it: bytes are `str`, names are numpy 1's."""
 
     def text(value: bytes) -> bytes:
-        short = len(value) < 256
-        return (
-            b"U" + bytes([len(value)]) if short else b"T" + struct.pack("<i", len(value))
-        ) + value
+        count = len(value)
+        return (b"U" + bytes([count]) if count < 256 else b"T" + struct.pack("<i", count)) + value
 
     parts = []
     for key, value in arrays.items():
@@ -221,6 +219,7 @@ def write_kinds(folder):
     (folder / "x.pkl").write_bytes(pickle.dumps({"model": values}))
 
 
+OTHER_CONTENTS = [b"<html>404", b'{"images": []}', b"PK\x03\x04", b"\x89PNG\r\n"]
 KINDS = ["x.safetensors", "zip.pth", "plain.pth", "x.pkl"]
 
 
@@ -243,9 +242,7 @@ def test_damaged_files(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize(
-    "content", [b"<html>404", b'{"images": []}', b"PK\x03\x04", b"\x89PNG\r\n"]
-)
+@pytest.mark.parametrize("content", OTHER_CONTENTS)
 def test_other_files_under_that_name(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(WeightsError, match=name) as caught:

@@ -18,14 +18,9 @@ from safetensors.torch import save_file
 from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
 
 from resnet_backbone.models import build_model
-from resnet_backbone.weights import (
-    PREPROCESSINGS,
-    WeightsError,
-    load_weights,
-    read_checkpoint,
-    save_weights,
-    sources,
-)
+from resnet_backbone.weights import PREPROCESSINGS, WeightsError, sources
+from resnet_backbone.weights.load import load_weights, save_weights
+from resnet_backbone.weights.reading import read_checkpoint
 from resnet_backbone.weights.sources import download, resolve
 
 V1 = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
@@ -98,9 +93,8 @@ def test_torchvisions_files_are_known_by_their_hash(resnet18, tmp_path, monkeypa
     with pytest.raises(WeightsError, match="does not state which input"):
         read_checkpoint(path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(
-        sources, "published_hash", lambda weights: digest[:8] if weights is V1 else "0" * 8
-    )
+    hashes = {V1: digest[:8]}
+    monkeypatch.setattr(sources, "published_hash", lambda weights: hashes.get(weights, "0" * 8))
     assert read_checkpoint(path).preprocessing.crop_size == 224
     with pytest.raises(WeightsError, match="its content states another preprocessing than 'msra'"):
         read_checkpoint(path, "msra")
@@ -174,9 +168,8 @@ def test_addresses_that_differ_in_their_query_have_two_places(hub, tmp_path, fir
 
 def test_the_author_of_a_detectron2_pickle(resnet18, tmp_path):
     """As tools/convert-torchvision-to-d2.py writes it; other authors prove nothing."""
-    model = {}
-    for key, value in ours().state_dict().items():
-        model[key.replace("linear.", "stem.fc.")] = value.numpy()
+    state = ours().state_dict()
+    model = {key.replace("linear.", "stem.fc."): value.numpy() for key, value in state.items()}
     for author, known in (("torchvision", True), ("somebody", False)):
         path = tmp_path / f"{author}.pkl"
         content = {"model": model, "__author__": author, "matching_heuristics": True}
