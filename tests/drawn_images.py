@@ -26,26 +26,6 @@ def fill(folder, classes=("n01", "n02"), count=7, size=(52, 44), suffix=".JPEG")
     return folder
 
 
-def coco_content(names, size, boxes, categories) -> dict:
-    """Content of COCO's JSON file.
-
-    Args:
-        names: {image id: file name}.
-        size: (width, height) of each image.
-        boxes: (image id, (x0, y0, x1, y1), category id, is it a crowd) each.
-        categories: {category id: name}.
-    """
-    size = dict(zip(("width", "height"), size, strict=True))
-    content = {"images": [{"id": i, "file_name": name, **size} for i, name in names.items()]}
-    content["categories"] = [{"id": i, "name": name} for i, name in categories.items()]
-    content["annotations"] = [
-        {"id": number, "image_id": image, "category_id": kind, "iscrowd": crowd}
-        | {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
-        for number, (image, (x0, y0, x1, y1), kind, crowd) in enumerate(boxes, start=1)
-    ]
-    return content
-
-
 def voc_xml(image_name, size, objects) -> str:
     """VOC annotation text.
 

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("detectron2")
 
-from drawn_images import coco_content
+from drawn_images import coco_json
 
 from resnet_backbone.detection.data import archives
 
@@ -29,8 +29,8 @@ def coco(tmp_path, declare, monkeypatch):
     }
 
     def listing(*numbers, annotated=True) -> bytes:
-        boxes = [(i, (2, 3, 12, 13), 18, 0) for i in numbers]
-        content = coco_content({i: f"{i:012d}.jpg" for i in numbers}, (60, 40), boxes, {18: "dog"})
+        boxes = [(i, 18, (2, 3, 10, 10), {"iscrowd": 0, "area": 100}) for i in numbers]
+        content = coco_json({18: "dog"}, {i: (f"{i:012d}.jpg", 60, 40) for i in numbers}, boxes)
         if not annotated:
             del content["annotations"]
         return json.dumps(content).encode()

@@ -1,4 +1,4 @@
-"""Counts against torchvision and a computation by hand; published ones: tests/cli."""
+"""Counts against the papers, torchvision and a computation by hand."""
 
 from functools import lru_cache, partial
 
@@ -12,6 +12,23 @@ from resnet_backbone.models import analyze, build_model, count_parameters
 
 build_on_meta = lru_cache(partial(on_meta, build_model))
 NAMES = "resnet18 resnet34 resnet50 resnet101 resnet152 vgg11 vgg16 vgg19"
+PAPER = dict(resnet18=1.8, plain18=1.8, resnet34=3.6, plain34=3.6, resnet50=3.8, resnet101=7.6)
+PAPER |= dict(resnet152=11.3, vgg16=15.3, vgg19=19.6)  # 1e9: Table 1, and section 4.1 for VGG
+PRELU_NETS = dict(prelu_net_a=19.0, prelu_net_b=23.2, prelu_net_c=53.0)  # 1502.01852, Table 3
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_multiply_adds(name):
+    """One unit of the paper's last digit, counting convolutions."""
+    count = sum(stage.convolutions for stage in analyze(build_on_meta(name)))
+    assert abs(count / 1e9 - PAPER[name]) <= 0.1
+
+
+@pytest.mark.parametrize("name", PRELU_NETS)
+def test_multiply_adds_of_prelu_nets(name):
+    """Convolutions and linear layers, within one percent."""
+    count = sum(stage.multiply_adds for stage in analyze(build_on_meta(name)))
+    assert count / 1e9 == pytest.approx(PRELU_NETS[name], rel=0.01)
 
 
 @pytest.mark.parametrize("name", NAMES.split())

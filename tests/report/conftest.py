@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from drawn_images import coco_content
+from drawn_images import coco_json
 from PIL import Image
 
 from resnet_backbone.classification.config import load_config, to_yaml
@@ -199,15 +199,17 @@ def make_coco_run(voc, make_voc_run):
     from resnet_backbone.detection.evaluation.coco import score_coco
 
     records, _ = scan_voc(str(voc), "test", CLASSES, decode=False)
-    boxes = [
-        (int(r["image_id"]) + 1, a["bbox"], 5 + 2 * a["category_id"], a["difficult"])
-        for r in records
-        for a in r["annotations"]
-    ]
-    names = {int(r["image_id"]) + 1: Path(r["file_name"]).name for r in records}
+    images, boxes = {}, []
+    for r in records:
+        number = int(r["image_id"]) + 1
+        images[number] = (Path(r["file_name"]).name, *SIZE)
+        for a in r["annotations"]:
+            x0, y0, x1, y1 = a["bbox"]
+            more = {"iscrowd": a["difficult"], "area": (x1 - x0) * (y1 - y0)}
+            boxes.append((number, 5 + 2 * a["category_id"], (x0, y0, x1 - x0, y1 - y0), more))
     categories = {5 + 2 * number: name for number, name in enumerate(CLASSES)}
     file = voc.parent / "val.json"
-    dataset = coco_content(names, SIZE, boxes, categories)
+    dataset = coco_json(categories, images, boxes)
     file.write_text(json.dumps(dataset))
 
     def make(network, seed, chance=0.6):

@@ -12,7 +12,7 @@ import yaml
 pytest.importorskip("detectron2")
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from drawn_images import coco_content
+from drawn_images import coco_json
 
 from resnet_backbone.detection.data.coco import scan_coco
 from resnet_backbone.detection.evaluation.imagenet import DETEvaluator
@@ -199,14 +199,14 @@ def test_data_in_coco_format(quick, write, make_coco_run, output, voc):
 
 def test_imagenet_detection(quick, write, tool, make_detector, output, voc):
     """One of two cats is found at IoU 0.3, enough for its size; the dog is found at once."""
-    boxes = [(1, (0, 0, 10, 10), 1, 0), (1, (100, 50, 190, 140), 1, 0), (2, (0, 0, 50, 50), 3, 0)]
+    boxes = [(1, 1, (0, 0, 10, 10)), (1, 1, (100, 50, 90, 90)), (2, 3, (0, 0, 50, 50))]
     found = {
         1: [(0, 0, 10, 3, 0, 0.9), (0, 0, 10, 10, 0, 0.8)],
         2: [(0, 0, 50, 50, 2, 0.6), (0, 0, 50, 50, 0, 0.95)],
     }
-    file, names = voc.parent / "val2.json", {number: f"00000{number}.jpg" for number in found}
-    content = coco_content(names, (200, 150), boxes, {1: "cat", 2: "cow", 3: "dog"})
-    file.write_text(json.dumps(content))
+    file = voc.parent / "val2.json"
+    images = {number: (f"00000{number}.jpg", 200, 150) for number in found}
+    file.write_text(json.dumps(coco_json({1: "cat", 2: "cow", 3: "dog"}, images, boxes)))
     records, _ = scan_coco(str(file), str(voc / "JPEGImages"))
     DatasetCatalog.register("det_report", lambda: records)
     MetadataCatalog.get("det_report").thing_classes = ["cat", "cow", "dog"]
