@@ -242,10 +242,12 @@ def _run_text(run: DetectorRun, commands: Mapping[str, str]) -> str:
 
 
 def run_facts(run: DetectorRun, commands: Mapping[str, str], text: str) -> str:
-    """Returns a text with a run's hardware, versions, date and command."""
-    known = "; ".join(filter(None, [hardware(run), versions(run), date(run)]))
-    command = commands.get(run.results.get("command"), NOT_RECORDED)
-    return f"- {text}; {known}  \n  `{command}`"
+    """Returns a text with a run's hardware, versions, commit, date, and commands."""
+    revision = run.results.get("revision")
+    commit = f"commit {revision}" if revision else ""
+    known = "; ".join(filter(None, [text, hardware(run), versions(run), commit, date(run)]))
+    shown = [f"`{commands[command]}`" for command in run.commands] or [NOT_RECORDED]
+    return "  \n  ".join([f"- {known}", *shown])
 
 
 def hardware(run: DetectorRun) -> str:
@@ -268,6 +270,6 @@ def versions(run: DetectorRun) -> str:
 
 def date(run: DetectorRun) -> str:
     """Returns the day of the results, or of the run's first start from TensorBoard, or ""."""
-    names = map(EVENTS.match, os.listdir(run.folder))
+    names = map(EVENTS.match, os.listdir(run.home))
     starts = [datetime.fromtimestamp(int(name[1]), timezone.utc) for name in names if name]
     return (run.results.get("date") or str(min(starts, default="")))[:10]

@@ -47,6 +47,12 @@ class DetectorRun(AnyRun):
         return self.training or self.folder
 
     @property
+    def commands(self) -> list[str]:
+        """Recorded commands: the training's, and the evaluation's if it is another one."""
+        found = (self.results.get(key) for key in ("training_command", "command"))
+        return [command for command in found if command]
+
+    @property
     def numbers(self) -> dict[str, float | None]:
         return self.results["results"]["bbox"]
 
@@ -178,6 +184,7 @@ def load_detector_run(folder: str | os.PathLike, task: str = "bbox") -> Detector
         config["MODEL.WEIGHTS"] = dict(flatten(read_table(training / CONFIG)))["MODEL.WEIGHTS"]
         ended = read_table(training / RESULTS) if (training / RESULTS).is_file() else {}
         results |= {key: ended[key] for key in ("iterations", "images_per_batch") if key in ended}
+        results["training_command"] = ended.get("command")
     run = DetectorRun(folder.resolve(), config, results, training=training)
     for name in (VOC_RESULTS, LOC_RESULTS):
         if (run.inference / name).is_file():

@@ -322,7 +322,7 @@ def _add_sheets(report: Report, gain: Gain, score: float) -> None:
 
 
 def _add_provenance(report: Report, rows_files: Sequence[Path], command: str) -> None:
-    recorded = [run.results.get("command") for group in report.groups for run in group.runs]
+    recorded = [one for group in report.groups for run in group.runs for one in run.commands]
     recorded += [read_table(file).get("command") for file in rows_files]
     commands = show_commands([*recorded, command])
     report.add("## How", WHERE, tables.provenance_section(report.groups, commands))

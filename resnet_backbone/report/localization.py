@@ -61,7 +61,7 @@ def write_localization_report(folders: Sequence[str], output: Path, note: str, c
         command: the command that makes this page.
     """
     runs = [load_detector_run(folder, "localization") for folder in folders]
-    commands = show_commands([*(run.results.get("command") for run in runs), command])
+    commands = show_commands([*(one for run in runs for one in run.commands), command])
     same = all(run.details.get("images") == LOCALIZATION_IMAGES for run in runs)
     table, facts = errors_section(runs), []
     for run in runs:

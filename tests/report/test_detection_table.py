@@ -166,6 +166,20 @@ def test_provenance(voc_groups):
     assert "/home" not in text
 
 
+def test_an_evaluation_beside_its_training(make_detector):
+    training = make_detector("run", 1, {"cat": 50.0}, results={"iterations": 70})
+    (training / "metrics.json").write_text("")
+    own = {"command": "train-net --eval-only", "revision": "1a2b", "date": "2026-02-03T04:05:06"}
+    own |= {"iterations": None}
+    (run,) = load_detector_runs([make_detector("run/eval", 1, {"cat": 60.0}, results=own)])
+    trained = json.loads((training / "results.json").read_text())["command"]
+    assert (run.home, run.iterations) == (training, 70)
+    assert run.commands == [trained, own["command"]] and run.numbers["AP50"] == 60
+    text = tables.run_facts(run, {command: command for command in run.commands}, "seed 1")
+    known = "- seed 1; hardware not recorded; commit 1a2b; 2026-02-03"
+    assert text == f"{known}  \n  `{trained}`  \n  `train-net --eval-only`"
+
+
 def test_detectron2_is_named_by_its_date(voc_groups):
     run = voc_groups[0].first
     run.results["versions"] = {"sal-detectron2": "0.7.2"}

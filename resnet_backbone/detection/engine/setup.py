@@ -44,6 +44,7 @@ from resnet_backbone.runtime.records import (
     CONFIG,
     RESULTS,
     command_line,
+    date,
     hardware,
     read_results,
     say_nothing_to_resume,
@@ -310,6 +311,7 @@ def write_results(cfg: CfgNode, results: dict, speed: Speed | None, **training: 
         "hardware": hardware(torch.device(cfg.MODEL.DEVICE)),
         "versions": versions(),
         "revision": source_revision(),
+        "date": date(),
         **training,
         "results": results,
     }
