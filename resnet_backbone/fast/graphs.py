@@ -106,6 +106,7 @@ def run_openvino(plain: GraphNetwork, graph: Any, dtype: torch.dtype) -> Run:
         "INFERENCE_PRECISION_HINT": HINTS[dtype],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
+        "ENABLE_CPU_PINNING": False,  # several processes would share the first cores
     }
     compiled = openvino_core().compile_model(graph, "CPU", settings)
     return lambda x: plain.rebuild(compiled(graph_input(x)).values())

@@ -2,9 +2,11 @@
 
 import copy
 import logging
+import os
 import pickle
 import subprocess
 import sys
+import threading
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -58,6 +60,26 @@ def test_other_inputs_of_an_engine(engine, dtype):
     assert_close(fast(images.to(memory_format=torch.channels_last)), unfolded(model, images))
     assert fast(images.double()).dtype == torch.float64
     assert fast(images[:0]).shape == (0, 5)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity on this system")
+@pytest.mark.parametrize("engine, dtype", [has("openvino")])
+def test_an_engine_leaves_its_thread_on_all_cores(engine, dtype):
+    """Processes beside one another would otherwise all run on the first core."""
+    cores = os.sched_getaffinity(0)
+    if len(cores) < 2:
+        pytest.skip("one core")
+    fast, images = optimize_for_inference(network(), engine=engine), torch.randn(8, 3, 256, 256)
+    fast(images)  # builds the engine
+    runner = threading.Thread(target=lambda: [fast(images) for _ in range(5)])
+    runner.start()
+    seen = set()
+    while runner.is_alive():
+        try:
+            seen.add(frozenset(os.sched_getaffinity(runner.native_id)))
+        except ProcessLookupError:  # it has just ended
+            break
+    assert seen == {frozenset(cores)}
 
 
 def test_channels_last_inputs_are_not_copied():
