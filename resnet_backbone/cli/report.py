@@ -73,7 +73,7 @@ with the first one, image by image."""
 DETECTION_EPILOG = """\
 examples:
   resnet-backbone report detection --run output/vgg16_fpn --run output/r50_fpn \\
-      --output docs/results/detection.md
+      --output detection.md
   resnet-backbone report detection --run output/vgg_seed* output/r50_seed* --voc-root VOC2007 \\
       --rows output/improvements/results.json --output detection.md
   resnet-backbone report detection --run output/r50 output/r101 --reference output/r50 \\
