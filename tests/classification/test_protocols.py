@@ -178,7 +178,10 @@ def test_dense_equals_loops_over_positions(make, monkeypatch):
         (lambda: TenCrop(200, 224), "crop of 224 does not fit into a short side of 200"),
         (lambda: Dense(()), "give positive ones"),
         (lambda: Dense(pooling="max"), "has no option 'max': use sliding, global_pool"),
-        (lambda: Dense(softmax="never"), "option 'never': use per_position, per_view, at_end"),
+        (
+            lambda: Dense(softmax="never"),
+            "has no option 'never': use per_position, per_view, at_end",
+        ),
     ],
 )
 def test_impossible_settings(make, message):

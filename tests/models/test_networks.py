@@ -228,6 +228,16 @@ def test_more_errors():
         model.forward_features(torch.empty(1, 3, 32, 32, device="meta"), ["res7"])
 
 
+@pytest.mark.parametrize(
+    "name", ["resnet18", "vgg11", "cifar_resnet8", "prelu_net_a", "bn_inception"]
+)
+def test_in_channels(name):
+    model = build_on_meta(name, in_channels=5, out_features=cached(name).stage_names[1:2])
+    model(torch.empty(1, 5, 32, 32, device="meta"))
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    assert first.in_channels == 5
+
+
 class OwnNorm(nn.BatchNorm2d):
     """Updates its mean by itself, as Detectron2's NaiveSyncBatchNorm does."""
 

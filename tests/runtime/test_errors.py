@@ -28,7 +28,11 @@ NO_FOLDER = f"{__file__} is a file, not a folder"
         (errors.UnexpectedResults("AP is 1"), 1, "error: AP is 1"),
         (errors.TrainingDiverged("the loss is nan"), 3, "error: the loss is nan"),
         (FloatingPointError("boxes\nare nan"), 3, "error: boxes are nan"),
-        (errors.Stopped("SIGTERM"), 75, "by SIGTERM; run the same command again, a training"),
+        (
+            errors.Stopped("SIGTERM"),
+            75,
+            "stopped by SIGTERM; run the same command again, a training",
+        ),
     ],
 )
 def test_statuses(capsys, monkeypatch, error, status, line):

@@ -200,7 +200,10 @@ MANY_BLOCKS = replaced("cifar_resnet8", "res2.100000000.conv1.weight", 1)
         (THREE_BLOCKS, r"the same number of blocks in each stage, not \(1, 2, 1\)"),
         (replaced("resnet18", "stem.conv1.weight", 64, 3, 3, 3), "3x3, not 7x7: .* another stem"),
         (replaced("resnet50", "res2.0.conv2.weight", 64, 2, 3, 3), "grouped .*ResNeXt"),
-        (replaced("resnet18", "linear.weight", 9), r"linear.weight has shape \(9,\), but needs 2"),
+        (
+            replaced("resnet18", "linear.weight", 9),
+            r"linear.weight has shape \(9,\), but needs 2 dimen",
+        ),
         (replaced("resnet18", "res4.0.conv1.weight", 1), r"res4.0.conv1.weight has shape"),
         (replaced("resnet18", "res2.0.se.weight", 1), "resnet18 has no res2.0.se.weight"),
         (MANY_BLOCKS, "shape .1,., but needs 4 dimensions"),

@@ -33,6 +33,16 @@ def test_real_voc_equals_detectron2(data_root, split):
 
 
 @pytest.mark.data
+def test_real_voc_without_difficult(data_root):
+    devkit = str(data_root / "VOCdevkit")
+    everything, _ = scan_voc(devkit, "mini_train", VOC_CLASSES)
+    register_voc("voc_data_test", devkit, "mini_train", VOC_CLASSES, use_difficult=False)
+    expected = [[a for a in r["annotations"] if not a["difficult"]] for r in everything]
+    assert [r["annotations"] for r in DatasetCatalog.get("voc_data_test")] == expected
+    assert sum(map(len, expected)) < sum(len(r["annotations"]) for r in everything)
+
+
+@pytest.mark.data
 def test_real_class_names(data_root):
     assert find_voc_classes(data_root / "VOCdevkit", ["train", "test"]) == list(VOC_CLASSES)
     assert find_voc_classes(data_root / "BCCD", ["train"]) == ["Platelets", "RBC", "WBC"]
