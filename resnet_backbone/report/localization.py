@@ -24,25 +24,30 @@ several scales."""
 OTHER_IMAGES = "Ours are of other images than the paper's, so the two do not compare."
 
 
-def way(run: DetectorRun) -> tuple[str, str, bool]:
-    """Returns method and testing of a run, in Table 13's terms, and whether it is an ensemble."""
+def way(run: DetectorRun) -> tuple[str, str]:
+    """Returns method and testing of a run, in Table 13's terms."""
     rcnn = run.config.get("MODEL.META_ARCHITECTURE") == "LocalizationRCNN"
     testing = "dense" if run.config.get(f"{NODE}.SCALES") else "whole image"
     testing = "center crop" if run.config.get(f"{NODE}.CENTER_CROP") else testing
-    return "RPN + R-CNN" if rcnn else "RPN", testing, bool(run.config.get(MEMBERS))
+    return "RPN + R-CNN" if rcnn else "RPN", testing
+
+
+def _others(run: DetectorRun) -> int:
+    """Returns the number of further networks in the run's ensemble."""
+    return len(run.config.get(MEMBERS) or ())
 
 
 def errors_section(runs: Sequence[DetectorRun]) -> str:
     """Returns the rows of Table 13, then our runs with other methods or testing."""
     rows, left = [], list(runs)
     for one in LOCALIZATION:
-        kind = (one.method, one.testing, one.network == "ensemble")
-        mine = [run for run in left if way(run) == kind]
+        like = [run for run in left if way(run) == (one.method, one.testing)]
+        mine = [run for run in like if bool(_others(run)) == (one.network == "ensemble")]
         left = [run for run in left if run not in mine]
         paper = [NONE if error is None else f"{error:.1f}" for error in (one.true_class, one.top5)]
         ours = [*map(_our_errors, mine)] or [[NOT_MEASURED, NONE, NONE, NONE]]
         rows += [[one.method, one.testing, one.network, *paper, *cells] for cells in ours]
-    rows += [[*way(run)[:2], NONE, NONE, NONE, *_our_errors(run)] for run in left]
+    rows += [[*way(run), NONE, NONE, NONE, *_our_errors(run)] for run in left]
     return markdown(HEADER, rows)
 
 
@@ -50,8 +55,8 @@ def _our_errors(run: DetectorRun) -> list[str]:
     found = run.results["results"]["localization"]
     errors = (found.get(key) for key in ("true_class_error", "top1_error", "top5_error"))
     cells = [NONE if error is None else f"{error:.2f}" for error in errors]
-    others = len(run.config.get(MEMBERS) or ())
-    return [f"{run.family}-{run.depth}" + (f" and {others} more" if others else ""), *cells]
+    others = f" and {_others(run)} more" if _others(run) else ""
+    return [f"{run.family}-{run.depth}{others}", *cells]
 
 
 def write_localization_report(folders: Sequence[str], output: Path, note: str, command: str) -> str:
@@ -65,7 +70,7 @@ def write_localization_report(folders: Sequence[str], output: Path, note: str, c
     same = all(run.details.get("images") == LOCALIZATION_IMAGES for run in runs)
     table, facts = errors_section(runs), []
     for run in runs:
-        text = f"{', '.join(way(run)[:2])}, {run.details.get('images', NONE)} images"
+        text = f"{', '.join(way(run))}, {run.details.get('images', NONE)} images"
         facts.append(run_facts(run, commands, text))
     parts = ["# Localization: our runs beside Table 13", note, table, TEXT]
     parts += ["" if same else OTHER_IMAGES, "## How", WHERE, "\n".join(facts)]
