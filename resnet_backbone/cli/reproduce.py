@@ -148,7 +148,7 @@ class Builder:
     def __init__(self, plan: dict[str, Any], args: argparse.Namespace):
         self.plan, self.args = plan, args
         self.steps: dict[str, list[Step]] = {}
-        self.absent: set[Path] = set()  # missing data
+        self.absent: set[str] = set()  # missing data and options
         for name in {*args.weights, *args.preprocessing} - {*plan["networks"]}:
             raise UsageError(f"the plan has no {name}; its networks: {', '.join(plan['networks'])}")
 
@@ -207,14 +207,12 @@ class Builder:
             return [value for word in words for value in self._expand(word, node, seed)]
         if name in ("imagenet", "voc-root"):
             folder = getattr(args, name.replace("-", "_"))
-            if folder is None:
-                networks = "".join(f", or --weights {n}=FILE" for n in plan["networks"])
-                raise UsageError(f"the plan needs --{name} DIR{networks}")
-            return [self._folder(folder)]
+            return [self._folder(folder) if folder else self._missing("DIR", f"--{name} DIR")]
         if name in args.weights:
             return [Value(str(args.weights[name]), sha256(args.weights[name]))]
         if name in plan["networks"] and not plan["networks"][name]:
-            raise UsageError(f"{name} is not pre-trained by this plan: give --weights {name}=FILE")
+            lacking = {n for n, step in plan["networks"].items() if not step} - args.weights.keys()
+            return [self._missing("FILE", *(f"--weights {n}=FILE" for n in sorted(lacking)))]
         match = re.fullmatch(r"(.+?)(?:\[(\d+)\])?(/?)", plan["networks"].get(name, name))
         if match[1] not in plan["steps"]:
             raise UsageError(f"{{{name}}} is neither a step nor a network nor words of the plan")
@@ -225,15 +223,18 @@ class Builder:
         return [Value(str(p), f"{s.name} {s.key}", (s,)) for p, s in zip(paths, steps, strict=True)]
 
     def _folder(self, folder: Path) -> Value:
-        if folder.is_dir():
-            return Value(str(folder), tree_digest(folder))
+        path = str(folder)
+        return Value(path, tree_digest(folder)) if folder.is_dir() else self._missing(path, path)
+
+    def _missing(self, value: str, *needed: str) -> Value:
+        """Stands for data and options that are missing, in a plan that is only printed."""
         if not self.args.plan:
-            raise UsageError(f"{folder}: no such folder of data")
-        self.absent.add(folder)
-        return Value(str(folder), "absent")
+            raise UsageError(f"missing: {', '.join(needed)} (--plan shows the steps without)")
+        self.absent.update(needed)
+        return Value(value, "absent")
 
 
-def build_steps(plan: dict[str, Any], args: argparse.Namespace) -> tuple[list[Step], set[Path]]:
+def build_steps(plan: dict[str, Any], args: argparse.Namespace) -> tuple[list[Step], set[str]]:
     """Returns the steps that the plan's goals need, in the plan's order, and missing data."""
     builder = Builder(plan, args)
     goals = [name for name, step in plan["steps"].items() if step["goal"]]
@@ -301,7 +302,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--scale", required=True, metavar="PLAN", help="of configs/reproduction, or FILE.yaml")
     add("--stage", action="append", metavar="STAGE", help="stage to run; repeatable (default: all)")
     add("--output", help="folder (default: output/reproduction/SCALE)", **folder)
-    add("--plan", action="store_true", help="only print the commands; data may be missing")
+    add("--plan", action="store_true", help="only print the commands; files may be missing")
     add("--weights", metavar="NETWORK=FILE", help="skips its pre-training", **pairs)
     add("--preprocessing", metavar="NETWORK=NAME", help="their input, such as msra", **pairs)
     add("--imagenet", help="folder of ImageNet, with train/ and val/", **folder)
@@ -325,8 +326,8 @@ def main(argv: list[str] | None = None) -> int:
     own = args.scale.endswith((".yaml", ".yml"))
     file = Path(args.scale) if own else PLANS / f"{args.scale}.yaml"
     if not file.is_file():
-        known = ", ".join(sorted(found.stem for found in PLANS.glob("[!B]*.yaml")))
-        raise UsageError(f"--scale {args.scale}: no plan {file}; there are {known}")
+        known = sorted(found.stem for found in PLANS.glob("[!B]*.yaml"))
+        raise UsageError(f"--scale {args.scale}: no plan {file}; there are {', '.join(known)}")
     args.output = args.output or Path("output", "reproduction", file.stem).resolve()
     plan = read_plan(file, args.seeds)
     steps, absent = build_steps(plan, args)
@@ -337,8 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     print_plan(plan["title"], steps, stages)
     if args.plan:
         if absent:
-            text = "with these data there, the steps that read them get other folders"
-            print(f"\nmissing data: {', '.join(map(str, sorted(absent)))}\n{text}")
+            print(f"\nmissing: {', '.join(sorted(absent))}; with these, steps get other folders")
         return 0
     left = [step for step in steps if step.stage in stages and not step.is_done]
     if not torch.cuda.is_available() and any(step.node["gpu"] for step in left):

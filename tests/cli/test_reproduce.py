@@ -217,9 +217,9 @@ def test_what_cannot_be_meant_is_refused(steps_of, tmp_path):
     for words, changes, message in (
         (("mini", weights, f"VGG_16={tmp_path}"), {}, "no VGG_16; its networks: VGG-16, ResNet-18"),
         (("mini", weights, f"VGG-16={absent}"), {}, "absent.pth"),
-        (("paper",), {"imagenet": None}, "--imagenet DIR, or --weights VGG-16=FILE"),
-        (("paper",), {"imagenet": absent}, "no such folder"),
-        (("voc07",), {}, "give --weights VGG-16=FILE"),
+        (("paper",), {"imagenet": None}, "missing: --imagenet DIR"),
+        (("paper",), {"imagenet": absent}, "missing: .*absent.pth .--plan"),
+        (("voc07",), {}, "--weights ResNet-50=FILE, --weights VGG-16=FILE"),
     ):
         kind = FileNotFoundError if message == "absent.pth" else UsageError
         with pytest.raises(kind, match=message):
@@ -255,11 +255,16 @@ def test_a_plan_is_shown_before_its_data_are_there(tmp_path, monkeypatch, run_co
     assert "expected: about 129 hours of one H100" in shown  # 38 + 15.3 + 31 + 45
     assert "--num-gpus 8" in shown and "--num-gpus 2" in shown  # detectors: 2 images a step
     assert status == 0 and not (tmp_path / "out").exists()
-    absent = shown.partition("missing data: ")[2]
+    absent = shown.partition("missing: ")[2]
     for name in ("/imagenet", "/datasets/VOC2007", "/datasets/VOC2012"):
         assert f"{tmp_path}{name}" in absent
     status, _, error = run_command(main, *words)
-    assert status == 2 and "imagenet: no such folder of data" in error
+    assert status == 2 and f"missing: {tmp_path}/imagenet" in error
+    monkeypatch.delenv("DETECTRON2_DATASETS")
+    status, shown, _ = run_command(main, "--scale", "voc07", "--plan")
+    assert status == 0 and "--weights FILE" in shown and "--voc-root DIR" in shown
+    needed = "--voc-root DIR, --weights ResNet-50=FILE, --weights VGG-16=FILE"
+    assert f"missing: {needed};" in shown
 
 
 # -- running: with a command of a few lines --------------------------------------------------------
