@@ -10,6 +10,7 @@ import difflib
 import importlib
 import operator
 import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
@@ -181,6 +182,16 @@ def load_configs(config_file: str, overrides: Sequence[str]) -> tuple[CfgNode, C
     if cfg.MODEL.DEVICE != "cpu" and not torch.cuda.is_available():
         raise UsageError(f"MODEL.DEVICE {cfg.MODEL.DEVICE}: this machine has no GPU; use cpu")
     return cfg, planned
+
+
+@contextmanager
+def building(what: str) -> Iterator[None]:
+    """Context in which KeyErrors and assertions of Detectron2 mean a wrong config: UsageError."""
+    try:
+        yield
+    except (KeyError, AssertionError) as error:
+        reason = str(error).strip("'\"") or traceback.extract_tb(error.__traceback__)[-1].line
+        raise UsageError(f"the config builds no {what}: {reason}") from error
 
 
 @contextmanager

@@ -66,7 +66,7 @@ class DetectorRun(AnyRun):
         """Whose metrics it was evaluated with: "voc", "coco" or "det" (ImageNet detection)."""
         if self.config.get("RESNET_BACKBONE.TEST.METRIC") == "imagenet_det":
             return "det"
-        return "coco" if self.class_metric == "AP" else "voc"
+        return "coco" if self.class_metric == "AP" or "APs" in self.numbers else "voc"
 
     @property
     def classes(self) -> dict[str, float | None]:

@@ -179,6 +179,24 @@ def test_masks_are_painted_where_they_are():
     assert np.array_equal(mask_util.decode(first["mask"]), masks[0].numpy())
 
 
+NOTHING = Instances((480, 640), scores=torch.zeros(0), pred_classes=torch.zeros(0))
+NOTHING.pred_boxes = Boxes(torch.zeros(0, 4))
+
+
+def test_keypoints_are_drawn_and_described():
+    fields = dict(scores=torch.tensor([0.9]), pred_classes=torch.tensor([0]))
+    fields["pred_boxes"] = Boxes(torch.tensor([[100.0, 100, 300, 300]]))
+    points = torch.tensor([[[150.5, 200.5, 0.8], [250.5, 200.5, 0.01], [200.5, 150.5, 0.8]]])
+    for number in (3, 17):  # 17 are joined by lines
+        some = points[:, [0, 1, 2][:number] + [2] * (number - 3)]
+        output = {"instances": Instances((480, 640), pred_keypoints=some, **fields)}
+        drawn = draw_output(GREY, output, ("person",)).astype(int)
+        assert (drawn[198:203, 148:153] != 100).any() and (drawn[198:203, 248:253] == 100).all()
+        (one,) = describe_output(output, ("person",))
+        expected = [150.5, 200.5, 0.8, 250.5, 200.5, 0.01]
+        assert one["keypoints"][:6] == expected and len(one["keypoints"]) == 3 * number
+
+
 def test_labels_are_painted_and_background_is_not():
     scores = torch.zeros(3, 480, 640)
     scores[0] = 1
@@ -203,6 +221,10 @@ def test_panoptic_segments_are_painted():
     assert near(drawn[320, 20], half(1))
     assert near(drawn[270, 300], (100,) * 3)
     assert not near(drawn[10, 10], (100,) * 3) and not near(drawn[10, 10], drawn[320, 20])
+    output = {"panoptic_seg": (ids, segments), "instances": NOTHING}
+    assert describe_output(output, ("a", "cat"), ("things", "sky")) == [
+        {"class": "sky", "share": 0.5}
+    ]
 
 
 @pytest.mark.data

@@ -229,6 +229,11 @@ def register_paths(cfg: CfgNode, args: argparse.Namespace) -> None:
         classes = list(cfg.RESNET_BACKBONE.CLASS_NAMES) or None
     else:
         kinds, roots = [_kind(cfg, args)] * 2, _image_roots(args)
+        if cfg.RESNET_BACKBONE.TRAIN_ON_DIFFICULT:
+            raise UsageError(
+                "RESNET_BACKBONE.TRAIN_ON_DIFFICULT needs --voc-root: COCO's format does not know "
+                "difficult boxes, prepare-data writes them as crowds"
+            )
     names = f"train:{kinds[0]}", f"test:{kinds[1]}"
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = names[:1], names[1:]
     for i, name in enumerate(names):
@@ -313,7 +318,7 @@ def set_class_counts(cfg: CfgNode, things: Sequence[str], labels: Sequence[str])
 
 
 def _adopt(name: str, cfg: CfgNode, on_bad: str) -> None:
-    """Re-registers one of Detectron2's built-in data sets, to be read and checked by our code.
+    """Re-registers a data set of Detectron2's own loaders, to be read and checked by our code.
 
     It also registers VOC 2012's test set, which has no annotations and is unknown to Detectron2.
     """
@@ -322,7 +327,10 @@ def _adopt(name: str, cfg: CfgNode, on_bad: str) -> None:
         register_voc(name, root, "test", VOC_CLASSES, on_bad=on_bad, decode=True)
         return
     known, tested = MetadataCatalog.get(name), name in cfg.DATASETS.TEST
-    if known.get("evaluator_type") not in ("pascal_voc", "coco") or known.get("adopted"):
+    loader = getattr(DatasetCatalog[name], "__module__", "")
+    if not loader.startswith("detectron2.data.datasets.") or known.get("adopted"):
+        return
+    if known.get("evaluator_type") not in ("pascal_voc", "coco"):
         return
     keeps_difficult = cfg.RESNET_BACKBONE.TRAIN_ON_DIFFICULT
     is_voc = known.evaluator_type == "pascal_voc"
@@ -340,4 +348,6 @@ def _adopt(name: str, cfg: CfgNode, on_bad: str) -> None:
         difficult = tested or keeps_difficult
         classes = list(known.thing_classes)
         register_voc(name, known.dirname, known.split, classes, difficult, on_bad, decode=tested)
-    MetadataCatalog.get(name).adopted = True
+    adopted = MetadataCatalog.get(name)
+    more = {key: value for key, value in known.as_dict().items() if not hasattr(adopted, key)}
+    adopted.set(adopted=True, **more)  # more: such as the user's keypoint_names

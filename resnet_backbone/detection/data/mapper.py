@@ -26,7 +26,7 @@ Sample = tuple[int, int]  # position in the stream, index of the image
 
 
 class TolerantMapper(DatasetMapper):
-    """:class:`DatasetMapper` with our decoder that returns None for an unreadable image.
+    """:class:`DatasetMapper` with our decoder that returns None for an unusable image.
 
     The training loader then replaces the image. In evaluation an OSError names the file.
     """
@@ -35,10 +35,12 @@ class TolerantMapper(DatasetMapper):
         try:
             return self._map(copy.deepcopy(dataset_dict))
         except Exception as error:
-            where = dataset_dict["file_name"]
+            where, reason = dataset_dict["file_name"], f"cannot be read ({error})"
+            if not isinstance(error, OSError):  # it may be a setting, the same for all images
+                reason = f"cannot be augmented or annotated ({type(error).__name__}: {error})"
             if not self.is_train:
-                raise OSError(f"{where}: cannot be read ({error})") from error
-            logger.warning("%s: left out of training, cannot be read (%s)", where, error)
+                raise OSError(f"{where}: {reason}") from error
+            logger.warning("%s: left out of training, %s", where, reason)
             return None
 
     def _map(self, record: dict) -> dict:
@@ -91,7 +93,7 @@ class AugmentedImages(Dataset):
     """Mapped images by :data:`Sample`, with random numbers that depend only on its position.
 
     If the mapper returns None, the image is replaced by another one, always the same for a
-    position. OSError: too many images in a row cannot be read.
+    position. OSError: too many images in a row cannot be used.
     """
 
     def __init__(self, images: Sequence[dict], mapper: Callable[[dict], Any], seed: int):
@@ -109,4 +111,4 @@ class AugmentedImages(Dataset):
             if mapped is not None:
                 return mapped
             index = int(others.integers(len(self.images)))
-        raise OSError(f"{MAX_REPLACEMENTS} training images in a row cannot be read; see the log")
+        raise OSError(f"{MAX_REPLACEMENTS} training images in a row cannot be used; see the log")

@@ -135,7 +135,7 @@ class Records(Sequence):
 
 
 def _facts(entry: dict) -> tuple[int, ...]:
-    mask, points = entry.get("segmentation"), entry.get("keypoints") or ()
+    mask, points = entry.get("segmentation"), entry.get("keypoints", ())
     kind = (RUN_LENGTHS if isinstance(mask, dict) else POLYGONS) if mask else 0
     visible = sum(one > 0 for one in points[2::3])
     crowd, difficult = bool(entry.get("iscrowd", 0)), bool(entry.get("difficult", 0))

@@ -232,7 +232,11 @@ def repeat_factors(cfg: CfgNode, parts: Sequence[Records]) -> np.ndarray:
     def by_category(some: Sequence[Records]) -> np.ndarray:
         rule = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency
         images = [image for part in some for image in _images_with_categories(part)]
-        return rule(images, loader.REPEAT_THRESHOLD, sqrt=loader.REPEAT_SQRT).double().numpy()
+        return (
+            rule(images, loader.REPEAT_THRESHOLD, sqrt=loader.get("REPEAT_SQRT", True))
+            .double()
+            .numpy()
+        )
 
     if sampler == "RepeatFactorTrainingSampler":
         return by_category(parts)

@@ -38,7 +38,6 @@ from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.images import EXTENSIONS
 
 LABELS = (".png",)
-SAMPLE = 200  # about this many labels, evenly spaced, are decoded; others are read by header only
 
 
 @reads_file
@@ -147,14 +146,10 @@ def _drop_bad_labels(
     records: Sequence[dict], num_classes: int, report: DataReport, decode: bool = False
 ) -> list[dict]:
     """Adds height, width and image_id; drops unreadable files and pairs of different sizes."""
-    step = max(1, len(records) // SAMPLE)
     files = [(one["file_name"], one["sem_seg_file_name"]) for one in records]
     for _, label in files:
         report.watch(label)
-    arguments = (
-        (*pair, num_classes, number % step == 0, decode) for number, pair in enumerate(files)
-    )
-    looks, kept = in_threads(_look_at_pair, arguments), []
+    looks, kept = in_threads(_look_at_pair, ((*pair, num_classes, decode) for pair in files)), []
     pairs = zip(records, looks, strict=True)
     bar = dict(desc="checking labels", total=len(files), disable=None)
     for number, (record, look) in enumerate(tqdm(pairs, **bar)):
@@ -165,24 +160,24 @@ def _drop_bad_labels(
     return kept
 
 
-def _look_at_pair(image: str, label: str, num_classes: int, pixels: bool, decode: bool) -> Look:
+def _look_at_pair(image: str, label: str, num_classes: int, decode: bool) -> Look:
     try:
-        size = check_label(label, num_classes, pixels)
+        size = check_label(label, num_classes)
     except OSError as error:
         problem = DataProblem("unreadable-image", image, f"its label: {error}")
         return Look(image, stamp_of(image), problem=problem)
     return look_at_image(image, size, decode)
 
 
-def check_label(path: str, num_classes: int, pixels: bool) -> tuple[int, int]:
+def check_label(path: str, num_classes: int) -> tuple[int, int]:
     """Returns the width and height of a label picture.
 
     DataError: it has color or a palette, which Detectron2 would silently convert to other numbers,
-    or (with `pixels`) a value that is not a class.
+    or a value that is not a class.
     """
     with Image.open(path) as label:
         size, mode = label.size, label.mode
-        values = np.unique(np.asarray(label)) if pixels and mode == "L" else np.empty(0)
+        values = np.unique(np.asarray(label)) if mode == "L" else np.empty(0)
     if mode != "L":
         raise DataError(
             f"{path} is an image of mode {mode}: labels are 8-bit gray, mode L, pixel = class "

@@ -32,6 +32,11 @@ def check_expectations(cfg: CfgNode) -> None:
                 f"TEST.EXPECTED_RESULTS {entry!r}: write [task, metric, expected, tolerance], such "
                 "as ['bbox', 'AP', 38.5, 0.2]"
             )
+        if len(set(cfg.DATASETS.TEST)) > 1 and "/" not in words[0]:
+            raise UsageError(
+                f"TEST.EXPECTED_RESULTS {entry!r}: with the test sets "
+                f"{', '.join(cfg.DATASETS.TEST)} write SET/{words[0]}"
+            )
 
 
 def check_results(cfg: CfgNode, results: Mapping[str, Mapping[str, Any]]) -> None:
@@ -42,7 +47,9 @@ def check_results(cfg: CfgNode, results: Mapping[str, Mapping[str, Any]]) -> Non
     """
     wrong = []
     for task, metric, expected, tolerance in cfg.TEST.EXPECTED_RESULTS:
-        actual = results.get(task, {}).get(metric)
+        of_set, _, task_of_set = task.rpartition("/")  # with several test sets
+        found = results.get(of_set, {}).get(task_of_set, {}) if of_set else results.get(task, {})
+        actual = found.get(metric)
         if actual is None or not abs(actual - expected) <= tolerance:  # also for nan
             shown = "not measured" if actual is None else f"{actual:.4g}"
             wrong.append(f"{task}/{metric} is {shown}, expected {expected:g} +- {tolerance:g}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 
 from resnet_backbone.detection.checkpoint.input_check import read_key
@@ -12,7 +13,8 @@ from resnet_backbone.detection.engine.results import check_expectations
 from resnet_backbone.detection.engine.writers import check_loggers
 from resnet_backbone.runtime.errors import UsageError
 
-# Names of metrics, so that a misspelled BEST_METRIC is found before training.
+# Names of metrics, so that a misspelled BEST_METRIC is found before training; the first are VOC's,
+# the fourth is VOC's alone.
 METRICS = "AP AP50 AP75 AP50-11pt APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 LEAST = {
     "SOLVER.MAX_ITER": 1,
@@ -65,7 +67,15 @@ def check_best_metric(cfg: CfgNode) -> None:
             f"RESNET_BACKBONE.BEST_METRIC {metric}: with the test sets {', '.join(sets)} write "
             f"{form}, such as {example}"
         )
-    name, classes = metric.rpartition("/")[2], cfg.RESNET_BACKBONE.CLASS_NAMES
+    of_set = next((one for one in sets if metric.startswith(f"{one}/")), "".join(sets[:1]))
+    evaluator = MetadataCatalog.get(of_set).get("evaluator_type") if sets else None
+    task, _, name = metric.removeprefix(f"{of_set}/").rpartition("/")
+    is_voc, on = evaluator == "pascal_voc", {"segm": cfg.MODEL.MASK_ON}
+    on["keypoints"] = cfg.MODEL.KEYPOINT_ON
+    lacks = name in METRICS and (name not in METRICS[:4] if is_voc else name == METRICS[3])
+    if metric and evaluator and (lacks or not on.get(task, True)):
+        raise UsageError(f"RESNET_BACKBONE.BEST_METRIC {metric}: {of_set} is not evaluated by it")
+    classes = cfg.RESNET_BACKBONE.CLASS_NAMES
     kind, dash, label = name.partition("-")
     if classes and dash and kind in ("AP", "AP50") and name not in METRICS and label not in classes:
         raise UsageError(

@@ -25,6 +25,7 @@ from resnet_backbone.runtime.processes import STEP, seed_everything
 from resnet_backbone.runtime.signals import StopRequest
 
 logger = logging.getLogger(__name__)
+LOSS_NORMALIZER = "loss_normalizer"  # RetinaNet's and FCOS's moving average, which is no buffer
 
 
 class StepReport(NamedTuple):
@@ -192,6 +193,8 @@ class TrainStep:
     def state_dict(self) -> dict[str, Any]:
         parts = {"optimizer": self.optimizer, "grad_scaler": self.grad_scaler}
         state = {name: part.state_dict() for name, part in parts.items()} | {"seed": self.seed}
+        if hasattr(self.network, LOSS_NORMALIZER):
+            state[LOSS_NORMALIZER] = getattr(self.network, LOSS_NORMALIZER)
         if self.ema is not None:
             averaged = self.ema.n_averaged.item()
             state |= {"raw_weights": self.network.state_dict(), "averaged": averaged}
@@ -204,6 +207,8 @@ class TrainStep:
         if self.ema is not None or "raw_weights" in state:
             weights = state.get("raw_weights") or self.evaluated_model.state_dict()
             self.network.load_state_dict(weights)
+        if LOSS_NORMALIZER in state:
+            setattr(self.network, LOSS_NORMALIZER, state[LOSS_NORMALIZER])
         self.optimizer.load_state_dict(state["optimizer"])
         if state.get("grad_scaler"):  # empty without one
             self.grad_scaler.load_state_dict(state["grad_scaler"])

@@ -34,7 +34,13 @@ from torch import nn
 from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer
 from resnet_backbone.detection.checkpoint.files import find_last_checkpoint, find_weights
 from resnet_backbone.detection.checkpoint.input_check import with_weights_input
-from resnet_backbone.detection.config import backbone_node, import_project, seed_of, with_keys
+from resnet_backbone.detection.config import (
+    backbone_node,
+    building,
+    import_project,
+    seed_of,
+    with_keys,
+)
 from resnet_backbone.detection.data.mapper import TolerantMapper, mapper_options
 from resnet_backbone.detection.data.sampling import TrainingLoader, build_loader
 from resnet_backbone.detection.engine.hooks import (
@@ -246,7 +252,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainingLoader:
-        mapper = TolerantMapper(cfg, True, **mapper_options(cfg))
+        with building("training images"):
+            mapper = TolerantMapper(cfg, True, **mapper_options(cfg))
         return build_loader(cfg, mapper, seed_of(cfg))
 
     @classmethod

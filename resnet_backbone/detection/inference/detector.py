@@ -33,6 +33,7 @@ VOTING_IOU = 0.5
 SOFT_NMS_SIGMA = 0.5  # of the Gaussian (arXiv 1704.04503, section 6.1)
 SOFT_NMS_LEAST = 0.001  # boxes with lower decayed scores are dropped, as in the authors' code
 CHOICES = {
+    "METRIC": ("", "imagenet_det", "localization"),
     "NMS": ("hard", "agnostic", "linear", "gaussian"),
     "PRECISION": ("float32", "bfloat16", "float16", "int8"),
 }
@@ -67,6 +68,11 @@ def read_switches(cfg: CfgNode) -> Switches:
             f"TEST.AUG.ENABLED (Detectron2's union of detections) excludes {KEY}.* (the paper's "
             "improvements): turn one of them off"
         )
+    _choice(cfg, "METRIC")
+    if is_improved and cfg.MODEL.ROI_HEADS.NAME == "CascadeROIHeads":
+        raise UsageError(f"{KEY}.* does not support Cascade R-CNN: turn it off")
+    if cfg.TEST.AUG.ENABLED and cfg.MODEL.KEYPOINT_ON:
+        raise UsageError("TEST.AUG does not support keypoints in Detectron2: turn it off")
     kind = cfg.MODEL.META_ARCHITECTURE
     is_joined = kind == "LocalizationRCNN" and runs and switches == Switches(ensemble=runs)
     if (is_improved or cfg.TEST.AUG.ENABLED) and kind != "GeneralizedRCNN" and not is_joined:

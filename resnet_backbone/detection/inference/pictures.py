@@ -10,6 +10,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from detectron2.data import MetadataCatalog
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 from matplotlib import font_manager
@@ -27,6 +28,8 @@ MAX_SIDE = 1920  # ... or their long side this many
 TEXT_SCALE = 1.6  # relative to Detectron2's small text
 LEAST_SHARE = 0.002  # regions that cover less of the image get no name
 GAP = 10  # pixels between pictures on a sheet and around them
+
+PERSON = MetadataCatalog.get("keypoints_coco_2017_val")  # names and lines of the keypoints
 
 Color = tuple[float, float, float]  # RGB, 0..1
 Box = Sequence[float]  # x0, y0, x1, y1 in pixels
@@ -136,7 +139,11 @@ def _draw_instances(canvas: Canvas, found: Instances, class_names: Sequence[str]
     pairs = zip(classes, scores, strict=True)
     texts = [f"{class_name(class_names, index)} {score:.2f}" for index, score in pairs]
     boxes = found.pred_boxes.tensor.float().numpy()
-    canvas.overlay_instances(boxes=boxes, labels=texts, assigned_colors=colors)
+    points = found.pred_keypoints.numpy() if found.has("pred_keypoints") else None
+    if points is not None and points.shape[1] == len(PERSON.keypoint_names):
+        canvas.metadata = PERSON  # else keypoints have no lines
+    options = dict(keypoints=points, assigned_colors=colors)
+    canvas.overlay_instances(boxes=boxes, labels=texts, **options)
 
 
 def draw_boxes(

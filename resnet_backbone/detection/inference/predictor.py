@@ -110,9 +110,10 @@ def describe_output(
     """Converts a Detectron2 model's output for one image to values for JSON.
 
     Each instance has class, score, box (x0, y0, x1, y1 in pixels) and, if present, mask (COCO's
-    compressed run-length encoding). For a purely semantic model, each class has its share of the
-    pixels, 0..1, largest first. Without `class_names` (boxes and masks) or `label_names` (semantic
-    labels), a class is a number.
+    compressed run-length encoding) and keypoints (x, y in pixels and score of each). For a purely
+    semantic model, each class has its share of the pixels, 0..1, largest first. Panoptic FPN has
+    the instances, and then the shares of its stuff. Without `class_names` (boxes and masks) or
+    `label_names` (semantic labels), a class is a number.
     """
     if "instances" in output:
         found = []
@@ -120,8 +121,15 @@ def describe_output(
             (x, y, width, height), index = one["bbox"], one["category_id"]
             name = class_names[index] if class_names else index
             box = [round(value, 2) for value in (x, y, x + width, y + height)]
-            mask = {"mask": one["segmentation"]} if "segmentation" in one else {}
-            found.append({"class": name, "score": round(one["score"], 5), "box": box, **mask})
+            more = {"mask": one["segmentation"]} if "segmentation" in one else {}
+            if "keypoints" in one:  # from COCO's pixel indices to coordinates, like boxes
+                points = [p + 0.5 * (k % 3 < 2) for k, p in enumerate(one["keypoints"])]
+                more["keypoints"] = [round(value, 2) for value in points]
+            found.append({"class": name, "score": round(one["score"], 5), "box": box, **more})
+        ids, segments = output.get("panoptic_seg", (None, ()))
+        for one in (one for one in segments if not one["isthing"]):
+            name = label_names[one["category_id"]] if label_names else one["category_id"]
+            found.append({"class": name, "share": round(one["area"] / ids.numel(), 5)})
         return found
     labels, counts = output["sem_seg"].argmax(0).unique(return_counts=True)
     shares = (counts / counts.sum()).tolist()

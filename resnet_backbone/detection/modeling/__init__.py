@@ -20,7 +20,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resnet_backbone.detection.config import backbone_node
+from resnet_backbone.detection.config import backbone_node, building
 from resnet_backbone.detection.modeling.heads import (
     ImagewisePooler,
     with_global_context,
@@ -47,9 +47,11 @@ def build_detector(cfg: CfgNode) -> nn.Module:
     channels_last convolutions if ``RESNET_BACKBONE.CHANNELS_LAST`` is set.
 
     The model is on ``MODEL.DEVICE`` and in training mode, with Detectron2's parameter names.
-    ``MODEL.WEIGHTS`` is not loaded. UsageError: the heads do not support ``GLOBAL_CONTEXT``.
+    ``MODEL.WEIGHTS`` is not loaded. UsageError: Detectron2 cannot build a model of this config, or
+    the heads do not support ``GLOBAL_CONTEXT``.
     """
-    model = with_exact_scores(build_model(with_global_context(cfg)))
+    with building("model"):
+        model = with_exact_scores(build_model(with_global_context(cfg)))
     kinds = {StandardRPNHead: JointRPNHead, RPN: TopRPN, ROIPooler: ImagewisePooler}
     model = change_classes(model, kinds)
     for module in model.modules():

@@ -22,6 +22,8 @@ from resnet_backbone.weights import WeightsError
 R18, RETINANET = "voc/faster_rcnn_R_18_FPN.yaml", "coco/retinanet_R_18_FPN.yaml"
 CASCADE = "coco/cascade_rcnn_R_18_FPN.yaml"
 MASKS = "../segmentation/coco/mask_rcnn_R_18_FPN.yaml"
+PANOPTIC = "../segmentation/coco/panoptic_R_50_FPN.yaml"
+SEMANTIC = "../segmentation/coco/semantic_R_50_FPN.yaml"
 PREFIX = "backbone.bottom_up."
 
 
@@ -199,16 +201,23 @@ def test_classes_are_carried_over_by_name(detector, tmp_path, caplog, kind):
         (R18, "roi_heads.box_predictor.bbox_pred.bias", [4, 5, 6, 7, 0, 1, 2, 3]),
         (MASKS, "roi_heads.mask_head.predictor.weight", [1, 0]),
         (RETINANET, "head.cls_score.weight", [number ^ 1 for number in range(18)]),
+        (PANOPTIC, "roi_heads.box_predictor.cls_score.weight", [1, 0, 2]),
+        (PANOPTIC, "sem_seg_head.predictor.weight", [0, 2, 1]),
+        (SEMANTIC, "sem_seg_head.predictor.weight", [0, 2, 1]),
     ],
 )
 def test_as_many_classes_in_another_order(detector, tmp_path, file, key, order):
-    kind = "RETINANET" if file == RETINANET else "ROI_HEADS"
-    keys = {f"MODEL__{kind}__NUM_CLASSES": 2}
+    things, stuff = ["cat", "dog"], ["things", "sky", "sea"]
+    keys = {f"MODEL__{kind}__NUM_CLASSES": 2 for kind in ("RETINANET", "ROI_HEADS")}
+    keys["MODEL__SEM_SEG_HEAD__NUM_CLASSES"] = 3
+    names = [things[::step] + stuff[:1] + stuff[1:][::step] for step in (1, -1)]
+    kept = {PANOPTIC: slice(5), SEMANTIC: slice(2, 5)}.get(file, slice(2))
+    theirs, ours = (one[kept] for one in names)
     source, model = detector(file, **keys), detector(file, **keys)
     source.state_dict()[key].normal_()
-    Checkpointer(source, str(tmp_path), class_names=["cat", "dog"]).save("model")
+    Checkpointer(source, str(tmp_path), class_names=theirs).save("model")
     path = str(tmp_path / "model.pth")
-    Checkpointer(model, class_names=["dog", "cat"]).load(path, checkpointables=[])
+    Checkpointer(model, class_names=ours).load(path, checkpointables=[])
     assert torch.equal(model.state_dict()[key], source.state_dict()[key][order])
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
+from detectron2.data.datasets import load_coco_json, register_coco_instances
 from drawn_images import coco_json
 from PIL import Image
 
 from resnet_backbone.detection.data import apply_policy, register_coco, scan_coco, scan_voc
-from resnet_backbone.detection.data.arguments import set_up_data
-from resnet_backbone.detection.data.formats.coco import read_coco
+from resnet_backbone.detection.data.arguments import _adopt, set_up_data
+from resnet_backbone.detection.data.formats.coco import clean_coco, read_coco
 from resnet_backbone.runtime.errors import DataError, UsageError
 
 
@@ -174,6 +174,51 @@ def test_odd_categories_are_used_and_said(coco, entries, names, remark):
     records, report = scan_coco(coco(categories=categories), coco.root)
     assert sum(len(record["annotations"]) for record in records) == 2 and not report.problems
     assert sorted(report.boxes) == sorted(names) and remark in "; ".join(report.remarks())
+
+
+def test_a_parent_with_a_parent_is_a_class(coco):
+    """Roboflow's own has none. This one may have boxes in the other file of the data set."""
+    names = [(7, "car", "vehicle"), (90, "vehicle", "vehicle")]
+    categories = [{"id": i, "name": name, "supercategory": above} for i, name, above in names]
+    cars = [one for one in coco.content["annotations"] if one["category_id"] == 7]
+    _, report = scan_coco(coco(categories=categories, annotations=cars), coco.root)
+    assert report.boxes == {"car": 1, "vehicle": 0} and not report.notes
+
+
+def test_boxes_beside_others_with_keypoints_have_none_that_is_labeled(coco):
+    points = [2, 2, 2, 0, 0, 0]
+    boxes = [*coco.content["annotations"], coco_annotation(3, keypoints=points, num_keypoints=1)]
+    path = coco(annotations=boxes)
+    records = load(scan_coco(path, coco.root))
+    points = [one["keypoints"][2::3] for record in records for one in record["annotations"]]
+    assert points == [[0, 0], [2, 0], [0, 0]]
+    written = clean_coco(*read_coco(path)[:3])["annotations"]
+    assert sorted(one["num_keypoints"] for one in written) == [0, 0, 1]
+
+
+def test_a_mask_without_an_area_has_its_own(coco):
+    triangle = dict(segmentation=[[1, 1, 5, 1, 1, 5]])
+    rows = dict(segmentation={"counts": [0, 30, 170], "size": [10, 20]})
+    boxes = [coco_annotation(n, **one) for n, one in enumerate((triangle, rows))]
+    records = load(scan_coco(coco(annotations=boxes), coco.root))
+    assert [one["area"] for one in records[0]["annotations"]] == [8, 30]
+
+
+def test_data_sets_of_ones_own_registration(coco, make_cfg):
+    """Detectron2's loader is replaced by ours, the user's own is not, and metadata stay."""
+    path, names = coco(), dict(keypoint_names=["p0", "p1"], keypoint_flip_map=[("p0", "p1")])
+    register_coco_instances("of_detectron2", names, path, coco.root)
+    record = {"file_name": f"{coco.root}/a.jpg", "image_id": 5, "annotations": []}
+    DatasetCatalog.register("of_a_user", lambda: [record])
+    metadata = dict(json_file=path, image_root=coco.root, thing_classes=["x"])
+    MetadataCatalog.get("of_a_user").set(evaluator_type="coco", **metadata)
+    for name in ("of_detectron2", "of_a_user"):
+        _adopt(name, make_cfg(), "refuse")
+    assert len(DatasetCatalog.get("of_detectron2")) == 2
+    assert MetadataCatalog.get("of_detectron2").thing_classes == ["cat", "dog"]
+    assert MetadataCatalog.get("of_detectron2").keypoint_names == ["p0", "p1"]
+    assert DatasetCatalog.get("of_a_user") == [record]
+    assert MetadataCatalog.get("of_a_user").thing_classes == ["x"]
 
 
 def test_shares_in_place_of_pixels_are_said(coco):

@@ -148,6 +148,22 @@ def test_folders_of_roboflow_stay_splits(tmp_path, write):
     assert {key: len(found) for key, found in splits.items()} == dict(train=2, val=1, test=1)
 
 
+def test_splits_with_the_same_names_of_images(tmp_path, run):
+    """Each file's images are in the folder of its split; in two folders of any name, it is said."""
+    for name in ("train", "val"):
+        write_coco(tmp_path / "json" / f"instances_{name}.json", ["a", "b"])
+        images(tmp_path / "data" / name, ["a", "b"])
+    splits, _, _ = read_own(tmp_path / "data", tmp_path / "json")
+    assert {k: {Path(r["file_name"]).parent.name for r in v} for k, v in splits.items()} == {
+        "train": {"train"},
+        "val": {"val"},
+    }
+    (tmp_path / "data/val").rename(tmp_path / "data/more")
+    words = "--images", tmp_path / "data", "--annotations", tmp_path / "json"
+    code, _, error = run(*words, "--output", tmp_path / "out")
+    assert code == 2 and "are in" in error and "with --images FOLDER" in error
+
+
 def test_named_splits_need_no_validation_set(tmp_path, run):
     """A folder test is not trained on, unless there is nothing else than it and val."""
     folder = tmp_path / "data"
@@ -249,7 +265,8 @@ def test_a_polygon_gives_its_box(tmp_path):
     splits, names, _ = read_own(folder, folder)
     assert found(splits, names)["b"] == [("dog", (10, 20, 30, 40))]
     (record,) = (r for r in splits[""] if r["file_name"].endswith("b.jpg"))
-    assert record["annotations"][0]["segmentation"] == [[10, 20, 30, 20, 20, 40]]
+    (box,) = record["annotations"]
+    assert (box["segmentation"], box["area"]) == ([[10, 20, 30, 20, 20, 40]], 200)
 
 
 @given(st.integers(2, 60), st.floats(0.05, 0.95), st.integers(0, 9))

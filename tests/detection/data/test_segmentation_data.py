@@ -288,6 +288,17 @@ def test_pictures_that_are_no_labels_are_refused(labeled, picture, words):
         semantic_set(labeled)
 
 
+def test_every_label_is_checked(labeled):
+    """The last but one of 402."""
+    for folder, suffix in ((labeled, "jpg"), (labeled / "labels/semantic", "png")):
+        for number in range(400):
+            shutil.copy(folder / f"two.{suffix}", folder / f"x{number:03}.{suffix}")
+    path = labeled / "labels/semantic/x398.png"
+    Image.fromarray(np.full_like(read(path), 7)).save(path)
+    with pytest.raises(DataError, match="x398.png has label 7; there are 3 classes"):
+        semantic_set(labeled)
+
+
 def to_5x5(label):
     for path in (label, label.with_name("three.png")):
         Image.fromarray(np.zeros((5, 5), np.uint8)).save(path)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.solver import build_lr_scheduler
 from hypothesis import given, settings
@@ -187,6 +188,27 @@ def test_metrics_of_several_test_sets(make_cfg):
         cfg.RESNET_BACKBONE.BEST_METRIC = metric
         with pytest.raises(UsageError, match="sets a, b write SET/TASK/NAME, such as a/bbox/AP50"):
             schedule.check_best_metric(cfg)
+
+
+@pytest.mark.parametrize(
+    "evaluator, metric, is_given",
+    [
+        ("pascal_voc", "bbox/AP50-11pt", True),
+        ("pascal_voc", "bbox/AP50-dog", True),
+        ("pascal_voc", "bbox/APs", False),
+        ("coco", "bbox/APs", True),
+        ("coco", "bbox/AP50-11pt", False),
+        ("coco", "segm/AP", False),
+    ],
+)
+def test_metrics_that_an_evaluation_gives(make_cfg, evaluator, metric, is_given):
+    MetadataCatalog.get("metrics_test").evaluator_type = evaluator
+    cfg = make_cfg(DATASETS__TEST=("metrics_test",), RESNET_BACKBONE__CLASS_NAMES=["dog"])
+    cfg.RESNET_BACKBONE.BEST_METRIC = metric
+    if is_given:
+        return schedule.check_best_metric(cfg)
+    with pytest.raises(UsageError, match=f"{metric}: metrics_test is not evaluated by it"):
+        schedule.check_best_metric(cfg)
 
 
 def test_early_stop_that_can_never_come(make_cfg):

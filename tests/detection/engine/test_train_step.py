@@ -137,6 +137,15 @@ def test_update_and_seeds_by_hand(cfg):
     assert not set(later.model.drawn) & set(first.model.drawn)
 
 
+def test_the_moving_normalizer_of_retinanet_is_part_of_the_state(cfg):
+    """Detectron2 keeps it as a plain number, which no state dict has."""
+    first, resumed = (step_of(cfg, Parts([torch.ones(2)], 1)) for _ in range(2))
+    assert "loss_normalizer" not in first.state_dict()
+    first.network.loss_normalizer = 113.5
+    resumed.load_state_dict(first.state_dict())
+    assert resumed.network.loss_normalizer == 113.5
+
+
 def test_averaged_weights_by_hand(cfg):
     cfg.RESNET_BACKBONE.EMA_DECAY = 0.2  # the second update is still in the warm-up
     image, average = torch.tensor([1.0, 2.0]), 0

@@ -319,6 +319,19 @@ def test_expectations_that_cannot_be_compared(cfg, tmp_path):
             make(Ours, cfg, tmp_path / "run", TEST__EXPECTED_RESULTS=[entry])
 
 
+def test_expected_results_of_several_test_sets(cfg):
+    cfg.DATASETS.TEST, results = ("a", "b:val"), {"a": RESULTS, "b:val": {"bbox": {"AP": 5.0}}}
+    cfg.TEST.EXPECTED_RESULTS = [["a/bbox", "AP", 31, 1], ["b:val/bbox", "AP", 5, 0.1]]
+    check_expectations(cfg)
+    check_results(cfg, results)
+    results["b:val"]["bbox"]["AP"] = 6.0
+    with pytest.raises(UnexpectedResults, match="b:val/bbox/AP is 6, expected 5"):
+        check_results(cfg, results)
+    cfg.TEST.EXPECTED_RESULTS = [["bbox", "AP", 5, 0.1]]
+    with pytest.raises(UsageError, match="with the test sets a, b:val write SET/bbox"):
+        check_expectations(cfg)
+
+
 def test_runs_of_an_ensemble_are_looked_for_before_training(cfg):
     cfg.RESNET_BACKBONE.TEST.ENSEMBLE = ["nowhere"]
     with pytest.raises(UsageError, match="nowhere has no config.yaml"):

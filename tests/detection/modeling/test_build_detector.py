@@ -17,6 +17,7 @@ from resnet_backbone.fast import InferenceNetwork
 from resnet_backbone.fast.engines import why_not
 from resnet_backbone.fast.regions import RegionAlign
 from resnet_backbone.fast.sparse import ProposalHead
+from resnet_backbone.runtime.errors import UsageError
 
 FPN = "voc/faster_rcnn_R_18_FPN.yaml"
 SCALE = 1 / 16
@@ -26,6 +27,19 @@ SCALE = 1 / 16
 def detectors(make_cfg, small):
     """Our detector, and Detectron2's of the same config."""
     return [build(make_cfg(FPN, **small)) for build in (build_detector, build_model)]
+
+
+@pytest.mark.parametrize(
+    "keys, reason",
+    [
+        ({"MODEL__ROI_HEADS__NAME": "StandardRoiHeads"}, "No object named 'StandardRoiHeads'"),
+        ({"MODEL__RPN__IN_FEATURES": ["p2", "p7"]}, "p7"),
+        ({"MODEL__FPN__FUSE_TYPE": "max"}, "assert fuse_type in"),
+    ],
+)
+def test_a_config_that_builds_no_model_is_one_line(make_cfg, keys, reason):
+    with pytest.raises(UsageError, match=f"^the config builds no model: {reason}"):
+        build_detector(make_cfg(FPN, **keys))
 
 
 def test_what_a_detector_has(detectors):

@@ -16,8 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pycocotools import mask as mask_util
-
+from resnet_backbone.detection.data.formats.masks import mask_area, read_mask
 from resnet_backbone.detection.data.problems import DataProblem, Stamp, reads_file, stamp_of
 from resnet_backbone.detection.data.records import collector_at_rest
 from resnet_backbone.runtime.errors import DataError
@@ -249,6 +248,10 @@ class _Parser:
             else:
                 size = images[image]["height"], images[image]["width"]
                 found[image].append(_annotation(entry, category, sides, size))
+        used = [one for boxes in found.values() for one in boxes]
+        longest = max((len(one.get("keypoints", ())) for one in used), default=0)
+        for one in used if longest else ():
+            one.setdefault("keypoints", [0.5, 0.5, 0] * (longest // 3))  # none is labeled
         return dict(found)
 
     def drop_root(self, categories: dict[Id, str], entries: Iterable[Any], annotations) -> None:
@@ -261,7 +264,8 @@ class _Parser:
         }
         for number, name in list(categories.items()):
             others = [parents.get(other) for other in categories if other != number]
-            if others and number not in used and all(parent == name for parent in others):
+            is_root = others and parents.get(number) in (None, "", "none")
+            if is_root and number not in used and all(parent == name for parent in others):
                 del categories[number]
                 self.notes.append(
                     f"category {name!r} is left out: it has no box and is the parent of the others"
@@ -272,15 +276,16 @@ class _Parser:
 def _annotation(
     entry: Mapping[str, Any], category: Id, box: list[float], size: tuple[int | None, int | None]
 ) -> dict[str, Any]:
-    area = read_number(entry.get("area"))
+    area, mask = read_number(entry.get("area")), read_mask(entry.get("segmentation"), size)
+    if area is None:
+        area = mask_area(mask) if mask else box[2] * box[3]
     crowd = any(read_number(entry.get(key)) for key in ("iscrowd", "ignore"))
     used = {
         "category_id": category,
         "bbox": box,
-        "area": box[2] * box[3] if area is None else area,
+        "area": area,
         "iscrowd": int(crowd),
     }
-    mask = _read_mask(entry.get("segmentation"), size)
     if mask:
         used["segmentation"] = mask
     points = entry.get("keypoints")
@@ -311,35 +316,3 @@ def read_number(value: Any) -> float | None:
     except (ValueError, OverflowError):
         return None
     return number if isinstance(value, str) else value
-
-
-def _read_mask(value: Any, size: tuple[int | None, int | None]) -> list | dict | None:
-    """Returns polygons of three or more points, or compressed run lengths, else None."""
-    if isinstance(value, dict):
-        try:
-            counts, (height, width) = value["counts"], value["size"]
-            if size not in ((height, width), (None, None)):
-                return None
-            if not isinstance(counts, list):
-                return {"size": [height, width], "counts": counts} if counts else None
-            fits = min(counts) >= 0 and sum(counts) == height * width
-            return mask_util.frPyObjects(value, height, width) if fits else None
-        except Exception:  # pycocotools raises many types
-            return None
-    if not isinstance(value, list):
-        return None
-    if value and all(isinstance(number, (int, float)) for number in value):
-        value = [value]  # a polygon that is not in a list
-    good = [one for one in value if _is_polygon(one)]
-    return good or None
-
-
-def _is_polygon(value: Any) -> bool:
-    if not isinstance(value, list) or len(value) < 6 or len(value) % 2:
-        return False
-    try:
-        if math.isfinite(sum(value)):  # much faster than checking each
-            return True
-        return all(map(math.isfinite, value))  # the sum of finite numbers may overflow
-    except (OverflowError, TypeError):
-        return False

@@ -167,16 +167,16 @@ def read_coco_json(images: Path, annotations: Path, report: DataReport):
     for file in files:
         content = read_coco(str(file))
         categories = list(content.categories.values())
-        root = _image_root(
-            [file.parent, *folders] if file.is_relative_to(images) else folders, content
-        )
+        words = [*file.parent.parts[len(annotations.parts) :], *re.split(r"[\W\d_]+", file.stem)]
+        split = split_name(words) if len(files) > 1 else ""
+        beside = [file.parent] if file.is_relative_to(images) else []
+        root = _image_root([*beside, *folders], content, split, len(beside))
         found, of_file = scan_coco(str(file), root, decode=True, progress=True, found=content)
         report.problems += of_file.problems
         report.clipped += of_file.clipped
         report.notes = [*dict.fromkeys([*report.notes, *of_file.notes])]  # files share classes
-        words = [*file.parent.parts[len(annotations.parts) :], *re.split(r"[\W\d_]+", file.stem)]
         for record in found:
-            record["split"] = split_name(words) if len(files) > 1 else ""
+            record["split"] = split
             for one in record["annotations"]:
                 one["category_id"] = categories[one["category_id"]]
                 one["bbox"] = BoxMode.convert(one["bbox"], one["bbox_mode"], BoxMode.XYXY_ABS)
@@ -228,10 +228,25 @@ def read_imagenet(images: Path, annotations: Path, report: DataReport):
     return records, number_classes(records)
 
 
-def _image_root(folders: Sequence[Path], content: CocoFile) -> str:
-    """Returns the folder that a COCO JSON's file names are relative to."""
+def _image_root(folders: Sequence[Path], content: CocoFile, split: str, beside: int) -> str:
+    """Returns the folder that a COCO JSON's file names are relative to: with most of the images.
+
+    Of several, it is the one beside the JSON (the first `beside` of the folders), else that of the
+    file's split, such as "val"; DataError if there is neither.
+    """
     names = [image["file_name"] for image in list(content.images.values())[:100]]
-    return str(max(folders, key=lambda folder: sum((folder / n).is_file() for n in names)))
+    found = [sum((folder / name).is_file() for name in names) for folder in folders]
+    most = max(found)
+    best = [folder for folder, number in zip(folders, found, strict=True) if number == most]
+    if most and best[0] not in folders[:beside] and len(best) > 1:
+        best = [folder for folder in best if split and split_name([folder.name]) == split] or best
+        if len(best) > 1:
+            first, second = best[:2]
+            raise DataError(
+                f"{names[0]} and others are in {first} and in {second}: give the annotations of "
+                "each folder alone, with --images FOLDER"
+            )
+    return str(best[0])
 
 
 def read_yolo(images: Path, annotations: Path, report: DataReport):

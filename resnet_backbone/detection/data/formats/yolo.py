@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from resnet_backbone.detection.data.formats.masks import mask_area
 from resnet_backbone.detection.data.problems import reading
 from resnet_backbone.runtime.errors import DataError
 
@@ -52,7 +53,14 @@ def parse_yolo_line(
         x, y, w, h = points
         return category, (x - w / 2, y - h / 2, x + w / 2, y + h / 2), {}
     xs, ys = points[::2], points[1::2]
-    return category, (min(xs), min(ys), max(xs), max(ys)), {"segmentation": [points]}
+    return (
+        category,
+        (min(xs), min(ys), max(xs), max(ys)),
+        {
+            "segmentation": [points],
+            "area": mask_area([points]),
+        },
+    )
 
 
 def read_yolo_names(annotations: Path, images: Path) -> list[str]:
