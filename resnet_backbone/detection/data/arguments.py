@@ -327,13 +327,11 @@ def _adopt(name: str, cfg: CfgNode, on_bad: str) -> None:
         register_voc(name, root, "test", VOC_CLASSES, on_bad=on_bad, decode=True)
         return
     known, tested = MetadataCatalog.get(name), name in cfg.DATASETS.TEST
-    loader = getattr(DatasetCatalog[name], "__module__", "")
-    if not loader.startswith("detectron2.data.datasets.") or known.get("adopted"):
-        return
-    if known.get("evaluator_type") not in ("pascal_voc", "coco"):
+    loader, kind = getattr(DatasetCatalog[name], "__module__", ""), known.get("evaluator_type")
+    if not loader.startswith("detectron2.data.datasets.") or kind not in ("pascal_voc", "coco"):
         return
     keeps_difficult = cfg.RESNET_BACKBONE.TRAIN_ON_DIFFICULT
-    is_voc = known.evaluator_type == "pascal_voc"
+    is_voc = kind == "pascal_voc"
     if is_voc and tested and name in cfg.DATASETS.TRAIN and not keeps_difficult:
         raise UsageError(
             f"{name} is in DATASETS.TRAIN and DATASETS.TEST, and only evaluation has its difficult "
@@ -348,6 +346,5 @@ def _adopt(name: str, cfg: CfgNode, on_bad: str) -> None:
         difficult = tested or keeps_difficult
         classes = list(known.thing_classes)
         register_voc(name, known.dirname, known.split, classes, difficult, on_bad, decode=tested)
-    adopted = MetadataCatalog.get(name)
-    more = {key: value for key, value in known.as_dict().items() if not hasattr(adopted, key)}
-    adopted.set(adopted=True, **more)  # more: such as the user's keypoint_names
+    own = MetadataCatalog.get(name)  # keeps what else is known, such as keypoint_names
+    own.set(**{key: value for key, value in known.as_dict().items() if not hasattr(own, key)})

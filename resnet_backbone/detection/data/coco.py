@@ -12,9 +12,9 @@ from detectron2.structures import BoxMode
 from tqdm import tqdm
 
 from resnet_backbone.detection.data.formats.coco import CocoFile, read_coco
+from resnet_backbone.detection.data.formats.shapes import fit_box
 from resnet_backbone.detection.data.problems import (
     DataReport,
-    fit_box,
     in_threads,
     look_at_image,
     reading,

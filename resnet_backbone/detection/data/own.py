@@ -61,10 +61,12 @@ def read_own(
         splits["train"] = splits.pop("")
     if others and "train" in splits:
         return dict(splits), names, report
-    if others:
-        report.notes.append(
-            f"splits are {' and '.join(others)}, no train: all images are split anew"
-        )
+    if others or "train" in splits:
+        known = " and ".join(sorted(splits.keys() - {""}))
+        report.notes.append(f"only {known} is named as a split: all images are split anew")
+    lists = sorted(images.glob("ImageSets/Main/*.txt"))
+    if lists:
+        report.notes.append(f"{lists[0].parent} is not used: prepare-data voc --own reads it")
     return {"": records}, names, report
 
 

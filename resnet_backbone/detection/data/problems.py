@@ -25,6 +25,7 @@ from resnet_backbone.runtime.images import BadImage, read_rgb
 logger = logging.getLogger(__name__)
 
 PLAIN = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # modes that can always be read
+SWAPPED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 # Kinds that drop one box; every other kind drops an image or the whole data set.
 BOX_KINDS = ("bad-box", "unknown-class")
 # Kinds that make a data set unusable under any policy.
@@ -100,9 +101,11 @@ class DataReport:
         """Returns what a user should know about the data that are used, one line each."""
         lines = list(self.notes)
         if self.clipped:
+            many = len(self.clipped) > self.boxes.total() / 4
+            hint = " (are they corners, where width and height are expected?)" if many else ""
             lines.append(
-                f"{len(self.clipped)} boxes ran past the edge of their image and were clipped, the "
-                f"first: {self.clipped[0]}"
+                f"{len(self.clipped)} boxes ran past the edge of their image and were clipped"
+                f"{hint}, the first: {self.clipped[0]}"
             )
         same = Counter(name.lower() for name in self.boxes)
         for name in (name for name, times in same.items() if times > 1):
@@ -129,9 +132,10 @@ class DataReport:
 
     def add_empty(self, file: str, what: str = "no usable image") -> None:
         """Adds the problem that nothing of the split is left, and why."""
-        kinds = Counter(problem.kind for problem in self.bad_files)
+        bad = self.bad_files or self.problems
+        kinds = Counter(problem.kind for problem in bad)
         if kinds:
-            first = next(p for p in self.bad_files if p.kind == kinds.most_common(1)[0][0])
+            first = next(p for p in bad if p.kind == kinds.most_common(1)[0][0])
             words = (
                 f"{kind.replace('-', ' ')} {number:,}x" for kind, number in kinds.most_common()
             )
@@ -186,7 +190,7 @@ def read_image_size(path: str, decode: bool = False) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             is_plain = image.mode in PLAIN
-            size = image.size[::-1] if _swaps_sides(image) else image.size
+            size = image.size[::-1] if _orientation(image) in SWAPPED else image.size
         if is_plain and not decode:
             return size
         height, width, _ = read_image(path, "RGB").shape  # as training and evaluation do
@@ -215,10 +219,16 @@ def read_image(path: str, image_format: str) -> np.ndarray:
     return pixels if image_format == "RGB" else np.ascontiguousarray(pixels[:, :, ::-1])
 
 
-def _swaps_sides(image: Image.Image) -> bool:
+def is_turned(path: str) -> bool:
+    """Whether an image's EXIF orientation turns or mirrors it."""
+    with Image.open(path) as image:
+        return _orientation(image) in range(2, 9)
+
+
+def _orientation(image: Image.Image) -> int:
     with suppress(Exception):  # damaged EXIF data
-        return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    return False
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    return 1
 
 
 class Look(NamedTuple):
@@ -247,9 +257,7 @@ def look_at_image(path: str, stated: tuple[int, int] | None, decode: bool) -> Lo
     if stated is None or stated == size:
         return Look(path, stamp, size)
     detail = "the annotation states {}x{}, but the image is {}x{}".format(*stated, *size)
-    with Image.open(path) as image:
-        is_turned = _swaps_sides(image)
-    if is_turned and stated == size[::-1]:
+    if is_turned(path) and stated == size[::-1]:
         detail += (
             " after the turn that its EXIF orientation asks for: annotate the turned image, or "
             "take the orientation out of the file (exiftool -Orientation= FILE)"
@@ -309,40 +317,3 @@ def in_threads(work: Callable, arguments: Iterable[tuple]) -> Iterator[Any]:
     with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
         for results in pool.map(lambda chunk: [work(*one) for one in chunk], chunks):
             yield from results
-
-
-def fit_box(
-    report: DataReport,
-    file: str,
-    name: str,
-    box: Sequence[float],
-    size: tuple[int, int],
-    origin: int = 0,
-) -> tuple[float, ...] | None:
-    """Returns a box clipped to its image, or None after adding a problem to the report.
-
-    Args:
-        name: the class, for messages.
-        box: (xmin, ymin, xmax, ymax) in pixels.
-        size: (width, height) of the image.
-        origin: coordinate of the image's left and upper edge, 0 (COCO) or 1 (VOC).
-    """
-    x0, y0, x1, y1 = box
-    if origin <= x0 < x1 <= size[0] and origin <= y0 < y1 <= size[1]:
-        return tuple(box)
-    text = f"{name} box ({', '.join(f'{side:g}' for side in box)})"
-    inside = (max(x0, origin), max(y0, origin), min(x1, size[0]), min(y1, size[1]))
-    problem = ""
-    if not all(math.isfinite(side) for side in box):
-        problem = "is not finite"
-    elif box[2] <= box[0] or box[3] <= box[1]:
-        problem = "has zero or negative size"
-    elif inside[2] <= inside[0] or inside[3] <= inside[1]:
-        problem = f"lies outside the {size[0]}x{size[1]} image"
-    if problem:
-        report.add("bad-box", file, f"{text} {problem}")
-        return None
-    if all(abs(new - old) <= 1 for new, old in zip(inside, box, strict=True)):
-        return tuple(box)  # within a pixel: tools round differently
-    report.clipped.append(f"{file}: {text} runs past the edge of the {size[0]}x{size[1]} image")
-    return inside

@@ -197,7 +197,8 @@ def training_records(cfg: CfgNode, name: str) -> Records:
     found = dataset_records(name)
     records = usable_records(cfg, name, found)
     if len(records) < len(found):
-        text = "data set %s: %d of %d images have nothing to learn from and are left out"
+        text = "data set %s: %d of %d images have nothing to learn from and are left out; see "
+        text += "DATALOADER.FILTER_EMPTY_ANNOTATIONS"
         logger.info(text, name, len(found) - len(records), len(found))
     _log_class_counts(name, records)
     if not cfg.MODEL.LOAD_PROPOSALS:

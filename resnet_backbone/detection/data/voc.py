@@ -13,6 +13,7 @@ from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASSES
 from detectron2.structures import BoxMode
 from tqdm import tqdm
 
+from resnet_backbone.detection.data.formats.shapes import fit_box
 from resnet_backbone.detection.data.formats.voc import (
     VocObject,
     find_image,
@@ -26,7 +27,6 @@ from resnet_backbone.detection.data.problems import (
     DataReport,
     Look,
     Stamp,
-    fit_box,
     in_threads,
     look_at_image,
     reading,

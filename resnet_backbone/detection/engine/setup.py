@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -325,4 +326,5 @@ def write_results(cfg: CfgNode, results: dict, speed: Speed | None, **training: 
     write_json(path, content, allow_nan=False)
     logger.info("results are in %s", path)
     if training.get("iterations"):
-        logger.info("next: resnet-backbone demo --run %s --input IMAGES", cfg.OUTPUT_DIR)
+        run = shlex.quote(cfg.OUTPUT_DIR)
+        logger.info("next: resnet-backbone demo --run %s --input IMAGES --output drawn", run)

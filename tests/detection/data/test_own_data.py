@@ -10,7 +10,7 @@ from detectron2.structures import BoxMode
 from drawn_images import coco_json, voc_xml
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
 from resnet_backbone.cli import prepare_data
 from resnet_backbone.detection.data import apply_policy, scan_coco
@@ -181,7 +181,7 @@ def test_named_splits_need_no_validation_set(tmp_path, run):
     assert {key: len(found) for key, found in splits.items()} == {"test": 1, "train": 3}
     (folder / "more").rename(folder / "val")
     splits, _, report = read_own(folder, folder)
-    assert list(splits) == [""] and "test and val, no train" in report.notes[0]
+    assert list(splits) == [""] and "only test and val is named" in report.notes[0]
 
 
 def test_what_is_left_out_is_named(tmp_path):
@@ -195,7 +195,128 @@ def test_what_is_left_out_is_named(tmp_path):
     assert kinds == ["bad-box"] * 3 + ["missing-image", "unreadable-image"]
     boxes = {"a": [("cat", (30, 15, 50, 25))], "b": [], "c.d": BOXES["c.d"]}
     assert found(splits, names) == boxes, "an image without a .txt is one without boxes"
-    assert report.notes == ["images without a .txt, used as images without boxes: 1"]
+    (note,) = report.notes
+    assert note.startswith("images without boxes: 1; training uses them with DATALOADER.FILTER_")
+
+
+LISTED = {"train": ["a", "b"], "val": ["c.d"], "test": ["e"]}
+
+
+def in_folders(root):
+    for split, names in LISTED.items():
+        write_yolo(root / "data/labels" / f"{split}2017", names)
+        images(root / "data/images" / f"{split}2017", names)
+    return "names: [cat, dog]"
+
+
+def in_folders_of_other_names(root):
+    text = "names: [cat, dog]"
+    for split, names in LISTED.items():
+        write_yolo(root / "data/labels/sites" / split[::-1], names)
+        images(root / "data/images/sites" / split[::-1], names)
+        text += f"\n{split}: images/sites/{split[::-1]}"
+    return text
+
+
+def in_lists(root):
+    write_yolo(root / "data/labels")
+    images(root / "data/images")
+    for split, names in LISTED.items():
+        lines = "".join(f"./images/{name}.jpg\n" for name in names)
+        (root / f"data/{split}.txt").write_text(lines)
+    splits = "".join(f"{split}: {split}.txt\n" for split in LISTED)
+    return f"path: /where/it/was\n{splits}names: [cat, dog]"
+
+
+@pytest.mark.parametrize("write", [in_folders, in_folders_of_other_names, in_lists])
+@pytest.mark.parametrize("name", ["data.yaml", "blood.yaml"])
+def test_splits_of_a_data_yaml(tmp_path, write, name):
+    text = write(tmp_path)
+    (tmp_path / "data" / name).write_text(text)
+    splits, names, report = read_own(tmp_path / "data", tmp_path / "data")
+    stems = {key: sorted(Path(r["file_name"]).stem for r in some) for key, some in splits.items()}
+    assert stems == LISTED and not report.problems and not report.notes
+    assert found(splits, names) == BOXES
+
+
+def test_splits_that_are_not_used_are_said(tmp_path):
+    for name, some in (("train", ["a", "b"]), ("rest", ["c.d", "e"])):
+        write_coco(tmp_path / "json" / f"{name}.json", some)
+    splits, _, report = read_own(images(tmp_path / "data"), tmp_path / "json")
+    assert [*splits] == [""] and "only train is named as a split" in report.notes[0]
+    (tmp_path / "json/rest.json").rename(tmp_path / "json/dev.json")
+    assert {*read_own(tmp_path / "data", tmp_path / "json")[0]} == {"train", "val"}
+
+
+def test_class_names_of_cvat_and_label_studio(tmp_path):
+    folder, _ = yolo_beside(tmp_path)
+    (folder / "classes.txt").rename(folder / "obj.names")
+    (folder / "notes.json").write_text('{"categories": [{"id": 0, "name": "cat"}]}')
+    splits, names, _ = read_own(folder, folder)
+    assert names == NAMES and found(splits, names) == BOXES
+    (folder / "obj.names").rename(tmp_path / "my.names")
+    splits, names, _ = read_own(folder, folder / ".." / "my.names")
+    assert names == NAMES and splits
+
+
+def test_names_of_images_with_a_prefix_of_another_place(tmp_path):
+    """Label Studio's: the upload's folder. Two images of one name stay missing."""
+    write_coco(tmp_path / "all.json", prefix="../../media/upload/1/")
+    images(tmp_path / "data" / "deep")
+    images(tmp_path / "data" / "again", ["e"])
+    splits, names, report = read_own(tmp_path / "data", tmp_path / "all.json")
+    assert found(splits, names) == {name: BOXES[name] for name in ("a", "b", "c.d")}
+    assert "3 images are found by their names" in report.notes[0]
+    assert [problem.kind for problem in report.problems] == ["missing-image"]
+
+
+def test_pixels_in_place_of_shares_and_nothing_else(tmp_path, run):
+    """The reason is said; where all is wrong, it is the error."""
+    folder, _ = yolo_beside(tmp_path)
+    (folder / "b.txt").write_text("1 40 20 20 10\n")
+    _, _, report = read_own(folder, folder)
+    text = "; ".join(map(str, report.problems))
+    assert "is not within the image: YOLO's are shares" in text
+    assert "none of its 1 boxes can be used: the image is left out" in text
+    for name in BOXES:
+        (folder / f"{name}.txt").write_text("1 .5 .5 .2 .2 .93\n")
+    code, _, error = run("--images", folder, "--output", tmp_path / "out")
+    assert code == 2 and "no image with a box" in error and "none of its 1 boxes" in error
+
+
+def test_boxes_that_occur_twice_are_used_once(tmp_path):
+    folder, _ = yolo_beside(tmp_path)
+    text = (folder / "b.txt").read_text()
+    (folder / "b.txt").write_text(text * 2)
+    splits, names, report = read_own(folder, folder)
+    assert found(splits, names) == BOXES
+    assert ["occurs again" in problem.detail for problem in report.problems] == [True]
+
+
+def test_turned_photographs_are_named_where_no_size_is_stated(tmp_path):
+    folder, _ = yolo_beside(tmp_path)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (HEIGHT, WIDTH)).save(folder / "e.jpg", exif=exif)
+    _, _, report = read_own(folder, folder)
+    assert ["orientation turns: 1" in note for note in report.notes] == [True]
+
+
+def test_folders_inside_annotations_and_images(tmp_path):
+    for split, names in (("train", ["a", "b"]), ("val", ["a", "e"])):
+        write_voc(tmp_path / "data/annotations" / split, names)
+        images(tmp_path / "data/images" / split, names)
+    splits, _, report = read_own(tmp_path / "data", tmp_path / "data")
+    assert {key: len(some) for key, some in splits.items()} == {"train": 2, "val": 2}
+    assert not report.problems
+
+
+def test_corners_in_place_of_width_and_height_are_suspected(tmp_path):
+    boxes = [(n, 1, (40, 20, 60 + n, 35)) for n in range(3)]
+    content = coco_json({1: "cat"}, {n: (f"{n}.jpg", WIDTH, HEIGHT) for n in range(3)}, boxes)
+    (tmp_path / "all.json").write_text(json.dumps(content))
+    _, report = scan_coco(str(tmp_path / "all.json"), str(images(tmp_path, range(3))))
+    assert "are they corners, where width and height" in "; ".join(report.remarks())
 
 
 def two_of_one_name(root):

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from resnet_backbone.detection.data.formats.yolo import parse_yolo_line, read_yolo_names
+from resnet_backbone.detection.data.formats.yolo import parse_yolo_line, read_yolo_data
 from resnet_backbone.detection.data.own import read_own
 
 
@@ -22,7 +22,7 @@ NAMES = {"{1: cat, 2: dog}": ["class 0", "cat", "dog"], "{'0': a, '2': b, '10': 
 @pytest.mark.parametrize("text, names", NAMES.items())
 def test_class_names_by_number(tmp_path, text, names):
     (tmp_path / "data.yaml").write_text(f"names: {text}\n")
-    assert read_yolo_names(tmp_path / "data.yaml", tmp_path) == names
+    assert read_yolo_data(tmp_path / "data.yaml", tmp_path) == (names, {})
 
 
 def test_equal_class_names_are_told_apart(tmp_path):

@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from resnet_backbone.detection.data.formats.masks import mask_area, read_mask
+from resnet_backbone.detection.data.formats.shapes import mask_area, read_mask
 from resnet_backbone.detection.data.problems import DataProblem, Stamp, reads_file, stamp_of
 from resnet_backbone.detection.data.records import collector_at_rest
 from resnet_backbone.runtime.errors import DataError

@@ -17,41 +17,48 @@ from tqdm import tqdm
 
 from resnet_backbone.detection.data.coco import scan_coco
 from resnet_backbone.detection.data.formats.coco import CocoFile, read_coco, unused_name
+from resnet_backbone.detection.data.formats.shapes import fit_box
 from resnet_backbone.detection.data.formats.voc import read_annotation
 from resnet_backbone.detection.data.formats.yolo import (
     is_yolo_file,
     parse_yolo_line,
-    read_yolo_names,
+    read_yolo_data,
 )
 from resnet_backbone.detection.data.problems import (
     DataReport,
     files_below,
-    fit_box,
+    is_turned,
     look_at_image,
     reading,
 )
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.images import EXTENSIONS
 
+NOTES = "notes.json"  # Label Studio's, beside YOLO's files
+# Folders of annotations and of their images.
+PAIRS = [("labels", "images"), ("annotations", "images"), ("Annotations", "JPEGImages")]
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}  # by folder
-SPLITS |= dict.fromkeys(("valid", "val", "validation"), "val")
+SPLITS |= dict.fromkeys(("valid", "val", "validation", "dev", "eval"), "val")
 
 
 def split_name(words: Iterable[str]) -> str:
-    return next((SPLITS[word.lower()] for word in words if word.lower() in SPLITS), "")
+    """Returns the split that the first of the words names, such as "train2017", or ""."""
+    plain = (word.lower().rstrip("0123456789") for word in words)
+    return next((SPLITS[word] for word in plain if word in SPLITS), "")
 
 
 def find_format(annotations: Path, kind: str) -> str:
     """Returns the format of the annotations, which must exist; ``kind`` if it is given."""
     if annotations.is_file():
-        kinds = {".json": "coco", ".yaml": "yolo", ".yml": "yolo", ".csv": "imagenet"}
+        kinds = {".json": "coco", ".csv": "imagenet"}
+        kinds |= dict.fromkeys((".yaml", ".yml", ".names"), "yolo")
         kind = kind or kinds.get(annotations.suffix.lower(), "")
         if kind not in ("", "voc"):
             return kind
         raise DataError(f"{annotations}: give a folder, a COCO .json, or a YOLO data.yaml")
     found = {
         "voc": next(files_below(annotations, ".xml"), None),
-        "coco": next(files_below(annotations, ".json"), None),
+        "coco": next((f for f in files_below(annotations, ".json") if f.name != NOTES), None),
         "yolo": next(filter(is_yolo_file, files_below(annotations, ".txt")), None),
     }
     if kind == "imagenet":
@@ -82,7 +89,8 @@ def _pair(
     by_own_path, others = {}, []
     for file in annotations:
         path = file.relative_to(top).with_suffix("").as_posix()
-        image = by_path.get(path) or by_path.get(path.replace("labels", "images", 1))
+        in_images = (path.replace(*pair, 1) for pair in PAIRS)
+        image = next((by_path[one] for one in (path, *in_images) if one in by_path), None)
         if image and image not in by_own_path:
             by_own_path[image] = file
         else:
@@ -92,7 +100,10 @@ def _pair(
     for file in others:
         same_name = by_name[file.stem]
         if len(same_name) != 1:
-            why = f"{len(same_name)} images have this name" if same_name else f"none in {images}"
+            why = f"none in {images}"
+            if same_name:
+                why = f"{len(same_name)} images have this name: give --images and --annotations "
+                why += "with the same folders inside"
             report.add("missing-image", str(file), f"its image: {why}")
         elif same_name[0] in used:
             why = f"{same_name[0]} already has {used[same_name[0]]}"
@@ -123,7 +134,19 @@ def add_box(record: dict, category, box, report: DataReport, origin: int = 0, **
     x0, y0, x1, y1 = box
     box = [max(x0 - origin, 0.0), max(y0 - origin, 0.0), min(x1, size[0]), min(y1, size[1])]
     one = {"category_id": category, "bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "iscrowd": 0}
-    record["annotations"].append({**one, **more})
+    if {**one, **more} in record["annotations"]:
+        report.add("bad-box", record["file_name"], f"{category} box {box} occurs again")
+    else:
+        record["annotations"].append({**one, **more})
+
+
+def keep(records: list[dict], record: dict, stated: int, report: DataReport) -> None:
+    """Keeps a record, unless none of its stated boxes can be used: it is no empty image."""
+    if stated and not record["annotations"]:
+        text = f"none of its {stated} boxes can be used: the image is left out"
+        report.add("bad-entry", record["file_name"], text)
+    else:
+        records.append(record)
 
 
 def read_voc_xml(images: Path, annotations: Path, report: DataReport, first: int = 1):
@@ -141,7 +164,6 @@ def read_voc_xml(images: Path, annotations: Path, report: DataReport, first: int
         record = image_record(image, size, report)
         if record is None:
             continue
-        records.append(record)
         for name, box, difficult, problem in objects:
             if problem:
                 report.add("bad-box", str(xml), problem)
@@ -149,6 +171,7 @@ def read_voc_xml(images: Path, annotations: Path, report: DataReport, first: int
                 x0, y0, x1, y1 = box
                 box = (x0, y0, x1 + 1 - first, y1 + 1 - first)
                 add_box(record, name, box, report, origin=first, iscrowd=int(difficult))
+        keep(records, record, len(objects), report)
     return records, number_classes(records)
 
 
@@ -171,6 +194,9 @@ def read_coco_json(images: Path, annotations: Path, report: DataReport):
         split = split_name(words) if len(files) > 1 else ""
         beside = [file.parent] if file.is_relative_to(images) else []
         root = _image_root([*beside, *folders], content, split, len(beside))
+        if not root:
+            root = str(images)
+            report.notes.append(_find_by_name(content, images, file))
         found, of_file = scan_coco(str(file), root, decode=True, progress=True, found=content)
         report.problems += of_file.problems
         report.clipped += of_file.clipped
@@ -232,13 +258,15 @@ def _image_root(folders: Sequence[Path], content: CocoFile, split: str, beside: 
     """Returns the folder that a COCO JSON's file names are relative to: with most of the images.
 
     Of several, it is the one beside the JSON (the first `beside` of the folders), else that of the
-    file's split, such as "val"; DataError if there is neither.
+    file's split, such as "val"; DataError if there is neither. It is "" if no folder has any.
     """
     names = [image["file_name"] for image in list(content.images.values())[:100]]
     found = [sum((folder / name).is_file() for name in names) for folder in folders]
     most = max(found)
     best = [folder for folder, number in zip(folders, found, strict=True) if number == most]
-    if most and best[0] not in folders[:beside] and len(best) > 1:
+    if not most:
+        return ""
+    if best[0] not in folders[:beside] and len(best) > 1:
         best = [folder for folder in best if split and split_name([folder.name]) == split] or best
         if len(best) > 1:
             first, second = best[:2]
@@ -249,35 +277,61 @@ def _image_root(folders: Sequence[Path], content: CocoFile, split: str, beside: 
     return str(best[0])
 
 
+def _find_by_name(content: CocoFile, images: Path, file: Path) -> str:
+    """Gives images that are elsewhere the paths of those with the same names; returns a note."""
+    by_name, found = defaultdict(list), 0
+    for path in files_below(images, *EXTENSIONS):
+        by_name[path.name].append(path.relative_to(images).as_posix())
+    for image in content.images.values():
+        paths = by_name[image["file_name"].rpartition("/")[2]]
+        if len(paths) == 1:
+            image["file_name"], found = paths[0], found + 1
+    return f"{file}: {found:,} images are found by their names, not where it has them"
+
+
 def read_yolo(images: Path, annotations: Path, report: DataReport):
     top = annotations.parent if annotations.is_file() else annotations
+    given, splits = read_yolo_data(annotations, images)
     names: list[str] = []
-    for number, name in enumerate(read_yolo_names(annotations, images)):
+    for number, name in enumerate(given):
         name, what = name or f"class {number}", f"class {number}"
         names.append(unused_name(name, names, what, report.notes))
     stems = {image.stem for image in files_below(images, *EXTENSIONS)}
     texts = [f for f in files_below(top, ".txt") if f.stem in stems or is_yolo_file(f)]
-    records, without = [], 0
+    records, empty, turned = [], 0, 0
     for text, image in tqdm(list(_pair(texts, images, top, report)), desc="reading", disable=None):
         record = image_record(image, None, report)
         if record is None:
             continue
-        records.append(record)
-        without += text is None
+        turned += is_turned(str(image))
+        if splits:
+            places = (image.resolve(), *image.resolve().parents)
+            record["split"] = next((splits[one] for one in places if one in splits), "")
         with reading(text or image):
             lines = text.read_text(encoding="utf-8-sig").splitlines() if text else []
-        size = record["width"], record["height"]
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+        lines = {number: line for number, line in enumerate(lines, 1) if line.strip()}
+        empty += not lines
+        for number, line in lines.items():
             try:
+                size = record["width"], record["height"]
                 category, box, more = parse_yolo_line(line, len(names), size)
             except ValueError as error:
                 report.add("bad-box", f"{text} line {number}", str(error))
             else:
-                add_box(record, category, box, report, **more)
-    if without:
-        report.notes.append(f"images without a .txt, used as images without boxes: {without:,}")
+                add_box(record, names[category], box, report, **more)
+        keep(records, record, len(lines), report)
+    for one in (one for record in records for one in record["annotations"]):
+        one["category_id"] = names.index(one["category_id"])
+    if empty:
+        report.notes.append(
+            f"images without boxes: {empty:,}; training uses them with "
+            "DATALOADER.FILTER_EMPTY_ANNOTATIONS False"
+        )
+    if turned:
+        report.notes.append(
+            f"images that their EXIF orientation turns: {turned:,}; the boxes must be of the "
+            "turned images: see the sheets"
+        )
     return records, names
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from resnet_backbone.detection.data.formats.masks import mask_area
+from resnet_backbone.detection.data.formats.shapes import mask_area
 from resnet_backbone.detection.data.problems import reading
 from resnet_backbone.runtime.errors import DataError
 
@@ -36,9 +36,9 @@ def parse_yolo_line(
         ValueError: it is neither.
     """
     try:
-        category, *numbers = line.split()
-        category, numbers = int(category), [float(number) for number in numbers]
-    except ValueError:
+        category, *numbers = map(float, line.split())
+        category = int(category) if category.is_integer() else int("")
+    except (OverflowError, ValueError):
         raise ValueError(f"{line!r} is not a class number and coordinates") from None
     if not 0 <= category < num_classes or len(numbers) < 4:
         raise ValueError(
@@ -46,8 +46,10 @@ def parse_yolo_line(
         )
     if len(numbers) == 5:
         raise ValueError(f"{line!r} has five numbers: take the confidence out")
-    if len(numbers) % 2 or (len(numbers) > 4 and not all(-0.5 < n < 1.5 for n in numbers)):
-        raise ValueError(f"{line!r} is not a polygon within the image (keypoints are not read)")
+    if len(numbers) % 2:
+        raise ValueError(f"{line!r} is not a polygon (keypoints are not read)")
+    if not all(-0.5 < number < 1.5 for number in numbers):
+        raise ValueError(f"{line!r} is not within the image: YOLO's are shares of it, 0..1")
     points = [number * size[k % 2] for k, number in enumerate(numbers)]
     if len(points) == 4:
         x, y, w, h = points
@@ -63,30 +65,59 @@ def parse_yolo_line(
     )
 
 
-def read_yolo_names(annotations: Path, images: Path) -> list[str]:
-    """Reads class names from data.yaml or classes.txt, up to two folders above labels or images."""
+def read_yolo_data(annotations: Path, images: Path) -> tuple[list[str], dict[Path, str]]:
+    """Reads class names, and which images and folders are of which split, if a data.yaml says it.
+
+    The names are in data.yaml, classes.txt, obj.names, or the only other YAML file, up to two
+    folders above labels or images.
+    """
     folders = [annotations, images]
     folders += [above for folder in folders for above in folder.absolute().parents[:2]]
-    names = ("data.yaml", "dataset.yaml", "classes.txt")
+    names = ("data.yaml", "dataset.yaml", "classes.txt", "obj.names")
     places = [folder / name for folder in folders for name in names]
+    for folder in filter(Path.is_dir, folders):
+        others = [*folder.glob("*.yaml"), *folder.glob("*.yml")]
+        places += others if len(others) == 1 else []
     if annotations.is_file():
         places = [annotations]
     for file in filter(Path.is_file, places):
+        content: Any = {}
         with reading(file):
             text = file.read_text(encoding="utf-8-sig")
-            if file.suffix == ".txt":
-                return [line.strip() for line in text.rstrip().splitlines()]
-            names = yaml.safe_load(text).get("names")
+            if file.suffix in (".txt", ".names"):
+                return [line.strip() for line in text.rstrip().splitlines()], {}
+            content = yaml.safe_load(text)
+            names = content.get("names")
             if isinstance(names, dict):
                 by_number = {int(key): name for key, name in names.items()}
                 numbers = range(max(by_number, default=-1) + 1)
                 names = [by_number.get(number, f"class {number}") for number in numbers]
         if isinstance(names, list) and names:
-            return [str(name) for name in names]
+            return [str(name) for name in names], _read_splits(file, content)
         raise DataError(
             f'{file} has no "names": add the class names, in the order of their numbers'
         )
     raise DataError(
-        f"no data.yaml or classes.txt, for YOLO's class names, in {annotations} or above: "
-        "give it with --annotations DIR/data.yaml"
+        f"no data.yaml or classes.txt, for YOLO's class names, in {annotations} or above: write "
+        "classes.txt there, a name in each line, or give --annotations DIR/data.yaml"
     )
+
+
+def _read_splits(file: Path, content: dict[str, Any]) -> dict[Path, str]:
+    """Returns the folders and images of a data.yaml's splits that exist."""
+    root, found = file.parent / str(content.get("path") or ""), {}
+    for split in ("train", "val", "test"):
+        given = content.get(split) or ()
+        for path in [given] if isinstance(given, str) else given:
+            # Roboflow's ../train/images are beside the file
+            places = [base / path for base in (root, file.parent)]
+            places.append(file.parent / str(path).removeprefix("../"))
+            place = next(filter(Path.exists, places), None)
+            if place and place.suffix == ".txt":
+                lines = map(str.strip, place.read_text(encoding="utf-8-sig").splitlines())
+                listed = [[base / line for base in (place.parent, root)] for line in lines if line]
+                entries = [next(filter(Path.exists, some), some[0]) for some in listed]
+            else:
+                entries = [place] if place else []
+            found |= {entry.resolve(): split for entry in entries}
+    return found

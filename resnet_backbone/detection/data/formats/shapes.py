@@ -1,11 +1,51 @@
-"""Masks of objects in COCO's format: polygons, and run-length encoded images."""
+"""Boxes of objects, and masks in COCO's format: polygons, and run-length encoded images."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from pycocotools import mask as mask_util
+
+from resnet_backbone.detection.data.problems import DataReport
+
+
+def fit_box(
+    report: DataReport,
+    file: str,
+    name: str,
+    box: Sequence[float],
+    size: tuple[int, int],
+    origin: int = 0,
+) -> tuple[float, ...] | None:
+    """Returns a box clipped to its image, or None after adding a problem to the report.
+
+    Args:
+        name: the class, for messages.
+        box: (xmin, ymin, xmax, ymax) in pixels.
+        size: (width, height) of the image.
+        origin: coordinate of the image's left and upper edge, 0 (COCO) or 1 (VOC).
+    """
+    x0, y0, x1, y1 = box
+    if origin <= x0 < x1 <= size[0] and origin <= y0 < y1 <= size[1]:
+        return tuple(box)
+    text = f"{name} box ({', '.join(f'{side:g}' for side in box)})"
+    inside = (max(x0, origin), max(y0, origin), min(x1, size[0]), min(y1, size[1]))
+    problem = ""
+    if not all(math.isfinite(side) for side in box):
+        problem = "is not finite"
+    elif box[2] <= box[0] or box[3] <= box[1]:
+        problem = "has zero or negative size"
+    elif inside[2] <= inside[0] or inside[3] <= inside[1]:
+        problem = f"lies outside the {size[0]}x{size[1]} image"
+    if problem:
+        report.add("bad-box", file, f"{text} {problem}")
+        return None
+    if all(abs(new - old) <= 1 for new, old in zip(inside, box, strict=True)):
+        return tuple(box)  # within a pixel: tools round differently
+    report.clipped.append(f"{file}: {text} runs past the edge of the {size[0]}x{size[1]} image")
+    return inside
 
 
 def read_mask(value: Any, size: tuple[int | None, int | None]) -> list | dict | None:
