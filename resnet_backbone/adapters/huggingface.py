@@ -17,6 +17,7 @@ from transformers import ResNetBackbone, ResNetConfig
 from resnet_backbone.adapters import image_normalization, rgb_checkpoint
 from resnet_backbone.weights import Checkpoint, WeightsError
 from resnet_backbone.weights.architecture import COUNTER
+from resnet_backbone.weights.export import refuse_other_inputs
 from resnet_backbone.weights.keymaps import LAYOUTS, check_support
 from resnet_backbone.weights.keymaps.huggingface import hugging_face_model
 
@@ -33,7 +34,8 @@ def backbone_config(
         out_features: "stage1" to "stage4", transformers' names for res2 to res5.
 
     Raises:
-        WeightsError: a network that transformers' ResNet cannot represent.
+        WeightsError: a network that transformers' ResNet cannot represent, a per-pixel mean image,
+            or another BN epsilon than PyTorch's.
     """
     return ResNetConfig(**_model_settings(checkpoint), out_features=list(out_features))
 
@@ -81,6 +83,7 @@ def load_backbone(model: nn.Module, checkpoint: Checkpoint, freeze_at: int = 2) 
 def _model_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Returns the keys of transformers' ``config.json`` that define the network."""
     check_support("huggingface", checkpoint.model)
+    refuse_other_inputs(checkpoint, "huggingface")
     config = hugging_face_model(checkpoint)
     names = ("architectures", "model_type", "id2label", "label2id", "torch_dtype")
     return {key: value for key, value in config.items() if key not in names}

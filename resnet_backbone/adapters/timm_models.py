@@ -25,6 +25,7 @@ from resnet_backbone.fast import build_model
 from resnet_backbone.models.layers import checkpointed, init_he
 from resnet_backbone.models.resnet import DILATIONS
 from resnet_backbone.weights import WeightsError
+from resnet_backbone.weights.export import refuse_other_inputs
 from resnet_backbone.weights.keymaps.torchvision import timm_config
 
 NETWORKS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "plain18", "plain34")
@@ -203,10 +204,12 @@ def from_checkpoint(weights: str | os.PathLike, preprocessing: str = "") -> dict
         preprocessing: name of the weights' convention, for files that do not state it.
 
     Raises:
-        WeightsError: unreadable weights, no preprocessing, or a network not in ``NETWORKS``.
+        WeightsError: unreadable weights, no preprocessing, a per-pixel mean image, another BN
+            epsilon than PyTorch's, or a network not in ``NETWORKS``.
     """
     checkpoint = rgb_checkpoint(weights, preprocessing)
     model = checkpoint.model
+    refuse_other_inputs(checkpoint, "timm")
     if model.name not in NETWORKS:
         raise WeightsError(
             f"{weights} holds a {model.name}; give one of {', '.join(NETWORKS)} (timm has a VGG)"

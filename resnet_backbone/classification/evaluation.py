@@ -124,12 +124,15 @@ class EvaluationResult:
     def class_counts(self) -> list[int]:
         """Number of images of each class, also of bad ones."""
         bad = torch.tensor([sample.label for sample in self.bad], dtype=torch.int64)
-        return (self.confusion.sum(1) + bad.bincount(minlength=self.num_classes)).tolist()
+        labels = torch.cat([self.predictions.labels, bad])
+        return labels.bincount(minlength=self.num_classes).tolist()
 
     @property
     def per_class_error(self) -> list[float | None]:
         """Top-1 error of each class in percent; ``None`` for a class without images."""
-        pairs = zip(self.class_counts, self.confusion.diagonal().tolist(), strict=True)
+        labels, best = self.predictions.labels, self.predictions.classes[:, 0]
+        right = labels[labels == best].bincount(minlength=self.num_classes)
+        pairs = zip(self.class_counts, right.tolist(), strict=True)
         return [100.0 * (total - right) / total if total else None for total, right in pairs]
 
     def to_dict(self) -> dict:

@@ -73,6 +73,8 @@ def _head_as_convolution(network: StagedNetwork, maps: Tensor, window: int) -> T
             f"dense testing slides a {window}x{window} window, but the last map is "
             f"{height}x{width}: use larger sizes, a smaller window, or pooling global_pool"
         )
+    if isinstance(network, VGG) and network.fc6.in_features != maps.shape[1] * window**2:
+        raise ValueError(f"window {window}: a VGG's is 7, the map that its fc6 was trained on")
     if isinstance(network, VGG):  # fc6 was trained as a 7x7 window (arXiv 1409.1556, section 3.2)
         kernel = network.fc6.weight.unflatten(1, (maps.shape[1], window, window))
         x = F.relu(F.conv2d(maps, kernel, network.fc6.bias))

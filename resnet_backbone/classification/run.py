@@ -6,6 +6,7 @@ import datetime
 import logging
 import math
 from dataclasses import asdict, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from resnet_backbone.classification.batch_norm import (
 from resnet_backbone.classification.config import Config, scale_schedule
 from resnet_backbone.classification.data.augment import BatchMixer
 from resnet_backbone.classification.data.build import build_data
-from resnet_backbone.classification.data.evaluation import EvaluationLoader
+from resnet_backbone.classification.data.evaluation import EvaluationArrays, EvaluationLoader
 from resnet_backbone.classification.evaluation import EvaluationResult, evaluate
 from resnet_backbone.classification.networks import Checkpoints, NetworkSpec
 from resnet_backbone.classification.protocols import Center, Full
@@ -104,14 +105,28 @@ class ClassificationRun:
         self.model = self._network()
         self.use_input(networks.describe(self.model, self.data.preprocessing))
         if weights:
+            self.check_classes(weights)
             preprocessing, new_head = config.model.preprocessing, config.model.new_head
             self.use_input(networks.load_network(self.model, weights, preprocessing, new_head))
             logger.info("%s, with the channel order, range, and mean of its input", weights)
 
+    def check_classes(self, weights: str | Path) -> None:
+        """Raises UsageError if a file names other classes than the data have."""
+        theirs, ours = networks.read_class_names(weights), list(self.data.class_names)
+        if theirs and theirs != ours and not self.config.model.new_head:
+            pairs = zip_longest(theirs, ours, fillvalue="none")
+            number, pair = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
+            raise UsageError(
+                f"{weights} was trained on other classes: its class {number} is {pair[0]}, that of "
+                f"the data is {pair[1]}; evaluate-classifier matches classes by name"
+            )
+
     def use_input(self, preprocessing: Preprocessing) -> None:
-        sizes = {"resize_size": None, "crop_size": None}
-        if isinstance(self.protocol, Center):  # the default test of the written weights
+        sizes = {"resize_size": None, "crop_size": None}  # the default test of the written weights
+        if isinstance(self.protocol, Center):
             sizes = {"resize_size": self.protocol.resize, "crop_size": self.protocol.crop}
+        elif isinstance(self.data.evaluation, EvaluationArrays):  # whole images of one size
+            sizes = dict.fromkeys(sizes, self.data.evaluation.images.shape[-1])
         self.preprocessing = replace(preprocessing, **sizes)
         self.normalizer = InputNormalizer(preprocessing, self.device)
 

@@ -166,10 +166,8 @@ class Trainer:
                 if last or self.iteration % self.checkpoint_every == 0:
                     self.save()
                 self._evaluate_if_due()
-        except (Stopped, OSError, ValueError) as error:
-            # the first two are raised on all processes, other errors perhaps on one of them
-            if isinstance(error, Stopped | DataError) or self.world.size == 1:
-                self.save()
+        except (Stopped, DataError):  # raised on all processes, between two iterations
+            self.save()
             raise
         finally:
             batches = None  # ends the loader's workers first
@@ -179,7 +177,7 @@ class Trainer:
         started, batch, error = time.perf_counter(), None, None
         try:
             batch = next(batches)
-        except (OSError, ValueError) as failure:
+        except (OSError, ValueError, RuntimeError) as failure:  # the last: a worker was killed
             error = failure
         self.window.data_seconds += time.perf_counter() - started
         self.stop.raise_if_any(error)

@@ -203,7 +203,7 @@ def network_spec(
     """Returns a weights file's network, from file, arguments or tensors; whether from the file."""
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such file; give --weights a .safetensors file")
-    found = networks.read_spec(path)
+    found = networks.read_spec(path) if path.endswith(".safetensors") else None
     if found is not None:
         if len(args.model) == len(args.weights) and name != found.name:
             raise UsageError(f"{path} is a {found.name}, not a {name}: omit --model")

@@ -35,7 +35,7 @@ from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.fast import export
 from resnet_backbone.fast.export import Mismatch
 from resnet_backbone.models import StagedNetwork
-from resnet_backbone.runtime.errors import UnexpectedResults, one_line_errors
+from resnet_backbone.runtime.errors import UnexpectedResults, UsageError, one_line_errors
 from resnet_backbone.runtime.files import put_in_place, write_json
 from resnet_backbone.runtime.images import find_pictures, read_rgb
 from resnet_backbone.weights import ModelSpec, Preprocessing, load_weights, read_checkpoint
@@ -68,6 +68,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--weights", required=True, help="a file, a folder, or a name such as torchvision://...")
     add("--output", required=True, type=Path, metavar="NAME", help="path without suffix")
+    add("--overwrite", action="store_true", help="replace the files of an earlier export")
     add("--images", required=True, nargs="+", type=Path, help="photographs or a folder of them")
     text = "reduce larger images to this size in pixels (default: 640)"
     add("--longest-side", type=positive, default=640, help=text)
@@ -218,6 +219,9 @@ def run(args: argparse.Namespace) -> None:
     """Exports to a temporary folder beside the output, and moves the files after the check."""
     parent = args.output.parent
     parent.mkdir(parents=True, exist_ok=True)
+    described = parent / f"{args.output.name}.json"  # every export has one
+    if described.exists() and not args.overwrite:
+        raise UsageError(f"{described} already exists: give another --output, or --overwrite")
     with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as temporary:
         folder = Path(temporary)
         with warnings.catch_warnings():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import tempfile
 from pathlib import Path
 
 from resnet_backbone.classification.batch_norm import LAYER_INPUTS
@@ -43,6 +44,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--run", required=True, metavar="DIR", help="run folder of train-classifier")
     add("--weights", metavar="FILE", help="weights to start from (default: DIR/final.safetensors)")
     add("--output", metavar="FILE", help="new weights (default: DIR/true_bn.safetensors)")
+    add("--overwrite", action="store_true", help="replace the file --output")
     add("--images", help="number of training images (default: all)", **number)
     add("--micro-batch", help="images normalized together (default: as in the run)", **number)
     add("--layer-inputs", choices=LAYER_INPUTS, default="batch", help="(default: batch)")
@@ -57,14 +59,17 @@ def work(task: tuple[Config, argparse.Namespace]) -> None:
     world = current_world(choose_device(config.train.device))
     set_up_logging(None, world.is_main)
     check_processes(config, world)
-    run = ClassificationRun(config, world, RunFolder(args.run), args.weights)
-    logger.info("before: %s", run.evaluate(run.model))
-    report = run.true_statistics(run.model, layer_inputs=args.layer_inputs)
-    found = f"{len(report.layers)} batch norms from {report.num_images} images"
-    together = f"{run.normalized_together} normalized together ({args.layer_inputs})"
-    logger.info("new statistics of %s, %s", found, together)
-    logger.info("after:  %s", run.evaluate(run.model))
+    config.data.mean, config.data.std = "imagenet", "one"  # not computed: the file states them
+    with tempfile.TemporaryDirectory() as temporary:  # for the data sets' means and reports
+        run = ClassificationRun(config, world, RunFolder(temporary), args.weights)
+        logger.info("before: %s", run.evaluate(run.model))
+        report = run.true_statistics(run.model, layer_inputs=args.layer_inputs)
+        found = f"{len(report.layers)} batch norms from {report.num_images} images"
+        together = f"{run.normalized_together} normalized together ({args.layer_inputs})"
+        logger.info("new statistics of %s, %s", found, together)
+        logger.info("after:  %s", run.evaluate(run.model))
     if world.is_main:
+        run.folder = RunFolder(args.run)  # which the new file names as its run
         run.checkpoints().write_weights(args.output, run.model)
         logger.info("written: %s", args.output)
 
@@ -81,6 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     args.output = Path(args.output or Path(args.run) / "true_bn.safetensors")
     if args.output.suffix != ".safetensors":
         raise UsageError(f"--output {args.output}: give a .safetensors file")
+    if args.output.exists() and not args.overwrite:
+        raise UsageError(f"{args.output} already exists: give another --output, or --overwrite")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     config.model.new_head = False  # the run's weights have theirs
     config.train.recompute_bn_samples = args.images or 0

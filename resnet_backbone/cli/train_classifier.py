@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import tempfile
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 from resnet_backbone.classification.config import Config, differences, load_config, to_yaml
@@ -16,6 +16,7 @@ from resnet_backbone.classification.trainer import FINAL
 from resnet_backbone.cli import CommandParser
 from resnet_backbone.models import count_parameters
 from resnet_backbone.runtime.errors import EXIT_STOPPED, UsageError, one_line_errors
+from resnet_backbone.runtime.files import in_use
 from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
 from resnet_backbone.runtime.processes import World, choose_device, current_world
 from resnet_backbone.runtime.records import (
@@ -132,6 +133,8 @@ def train(config: Config, resume: bool, world: World) -> None:
     trainer = run.trainer(stop)
     with stop, closing(folder):  # from here on, signals save a checkpoint
         if resume:
+            if goes_on:
+                run.check_classes(newest_weights(folder.path))
             begun = trainer.resume()
             run.use_input(trainer.checkpoints.preprocessing)
             if begun:
@@ -172,7 +175,8 @@ def work(task: tuple[Config, argparse.Namespace]) -> None:
         evaluate_only(config, config.model.weights if given else "", world)
     else:
         check_processes(config, world)
-        train(config, args.resume, world)
+        with in_use(config.output.dir) if world.is_main else nullcontext():
+            train(config, args.resume, world)
 
 
 @one_line_errors

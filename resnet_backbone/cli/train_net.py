@@ -55,6 +55,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 
 from resnet_backbone.cli import CommandParser
 from resnet_backbone.detection.config import CfgNode, saved_values, take_back_overrides
@@ -75,6 +76,7 @@ from resnet_backbone.runtime.errors import (
     UsageError,
     one_line_errors,
 )
+from resnet_backbone.runtime.files import in_use
 from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
 from resnet_backbone.runtime.processes import current_world
 from resnet_backbone.runtime.records import read_results
@@ -139,13 +141,15 @@ def evaluate(cfg: CfgNode) -> None:
 
 
 def work(plan: setup.RunPlan) -> None:
-    cfg = setup.prepare_run(plan)
-    if cfg is None:
-        return
-    if plan.args.eval_only:
-        evaluate(cfg)
-    else:
-        train(cfg, plan.resume)
+    is_alone = current_world().is_main and not plan.args.eval_only
+    with in_use(plan.cfg.OUTPUT_DIR) if is_alone else nullcontext():
+        cfg = setup.prepare_run(plan)
+        if cfg is None:
+            return
+        if plan.args.eval_only:
+            evaluate(cfg)
+        else:
+            train(cfg, plan.resume)
 
 
 def run_seeds(args: argparse.Namespace, cfg: CfgNode) -> None:

@@ -143,7 +143,12 @@ def run_onnx(path: str | os.PathLike) -> Runner:
     image = session.get_inputs()[0].name
 
     def run(images: Tensor) -> Outputs:
-        found = session.run(None, {image: images.contiguous().numpy()})
+        try:
+            found = session.run(None, {image: images.contiguous().numpy()})
+        except Exception as error:  # onnxruntime's own types
+            size = "x".join(map(str, images.shape))
+            reason = str(error).splitlines()[0]
+            raise Mismatch(f"onnxruntime cannot run images of {size}: {reason}") from error
         return dict(zip(names, map(torch.from_numpy, found), strict=True))
 
     return run

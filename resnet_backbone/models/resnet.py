@@ -26,11 +26,11 @@ class ZeroPadShortcut(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
-        self.stride = stride
-        self.extra_channels = out_channels - in_channels
+        self.stride, self.extra_channels = stride, out_channels - in_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra_channels))
+        x = F.avg_pool2d(x, 1, self.stride)  # torch.export takes a slice for some sizes only
+        return F.pad(x, (0, 0, 0, 0, 0, self.extra_channels))
 
 
 def build_shortcut(
@@ -291,8 +291,8 @@ class ResNet(ResidualNetwork):
         if len(dilations) != 4 or min(dilations) < 1:
             raise ValueError(f"dilations {tuple(dilations)}: give four positive ones, res2..res5")
         super().__init__(STAGE_NAMES, out_features)
-        self.depth = depth
-        self.stride_in_1x1 = stride_in_1x1
+        self.depth, self.stride_in_1x1 = depth, stride_in_1x1
+        self.dilations, self.multi_grid = tuple(dilations), tuple(multi_grid)
         self.add_stage("stem", Stem(in_channels, 64, norm, activation, caffe_pool), 64, 4)
         options = dict(shortcut=shortcut, stride_in_1x1=stride_in_1x1, norm=norm)
         options["activation"] = activation

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from resnet_backbone.runtime.errors import UsageError
 
@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 BLOCK = 1 << 20
 # Errors of (network) file systems that cannot sync a folder.
 NO_FOLDERS = (errno.EINVAL, errno.EBADF, errno.EISDIR, errno.EACCES, errno.ENOTSUP)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of file systems without locks
 
 
 @contextmanager
@@ -117,22 +118,40 @@ def keep_rows(path: str | os.PathLike, is_kept: Callable[[dict], bool]) -> tuple
 
 
 @contextmanager
+def in_use(folder: str | os.PathLike) -> Iterator[None]:
+    """Locks a run folder against other processes, and creates it if needed.
+
+    Unlike with :func:`alone`, children do not hold the lock: a killed run can go on at once.
+    """
+    with _locked(Path(folder), fcntl.lockf):
+        yield
+
+
+@contextmanager
 def alone(folder: str | os.PathLike) -> Iterator[int]:
     """Locks a folder against other processes, and creates it if needed.
 
     A child that gets the yielded descriptor (``pass_fds``) holds the lock even if this process is
     killed. Raises BlockingIOError: another process holds the lock.
     """
-    folder = Path(folder)
+    with _locked(Path(folder), fcntl.flock) as file:
+        yield file.fileno()
+
+
+@contextmanager
+def _locked(folder: Path, lock: Callable[[Any, int], None]) -> Iterator[TextIO]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise BlockingIOError(
                 f"another process uses {folder}: wait for it, or choose another folder"
             ) from None
-        yield file.fileno()
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield file
 
 
 def sha256(path: str | os.PathLike) -> str:

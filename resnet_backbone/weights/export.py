@@ -143,12 +143,6 @@ def for_format(checkpoint: Checkpoint, format: str) -> Checkpoint:
     rules, preprocessing = FORMATS[format], checkpoint.preprocessing
     if format == "resnet_backbone":
         return checkpoint
-    if preprocessing.mean_image is not None:
-        raise WeightsError(
-            f"these weights subtract a per-pixel mean image, which {format} cannot hold: "
-            "add --to resnet_backbone, or --accept-channel-means to use its channel means, which "
-            "is not exact"
-        )
     _check_network(checkpoint, format)
     order = "RGB" if rules.rgb else preprocessing.channel_order
     checkpoint = convert_input(checkpoint, channel_order=order, value_range=rules.value_range)
@@ -160,14 +154,25 @@ def for_format(checkpoint: Checkpoint, format: str) -> Checkpoint:
     return checkpoint.restated(stride_in_1x1=stride)
 
 
-def _check_network(checkpoint: Checkpoint, format: str) -> None:
-    check_support(format, checkpoint.model)
+def refuse_other_inputs(checkpoint: Checkpoint, format: str) -> None:
+    """Raises WeightsError for a mean image or a BN epsilon that a library's networks lack."""
     eps = checkpoint.preprocessing.bn_eps
+    if checkpoint.preprocessing.mean_image is not None:
+        raise WeightsError(
+            f"these weights subtract a per-pixel mean image, which {format} cannot hold: "
+            "add --to resnet_backbone, or --accept-channel-means to use its channel means, which "
+            "is not exact"
+        )
     if checkpoint.has_batch_norms and eps != BN_EPS:
         raise WeightsError(
             f"these weights have BN eps {eps}, but {format} builds batch norms with {BN_EPS}: "
             f"convert with --bn-eps-to {BN_EPS}"
         )
+
+
+def _check_network(checkpoint: Checkpoint, format: str) -> None:
+    check_support(format, checkpoint.model)
+    refuse_other_inputs(checkpoint, format)
     name, deepest = checkpoint.model.name, deepest_stage(checkpoint.tensors)
     if format in ("torchvision", "timm") and deepest not in ("res5", "conv5"):
         raise WeightsError(f"these weights end at {deepest}, but {format}'s {name} has all stages")

@@ -90,6 +90,9 @@ def describe_model(model: StagedNetwork) -> ModelSpec | None:
     pool = getattr(getattr(model, "stem", None), "pool", None)
     if pool is not None and pool.ceil_mode:
         options["caffe_pool"] = True
+    for key in RATES:
+        if any(rate != 1 for rate in getattr(model, key, ())):
+            options[key] = list(getattr(model, key))
     # the tensors of a backbone that stops early do not show its depth
     name = re.sub(r"\d+", str(getattr(model, "depth", "")), spec.name, count=1)
     return replace(spec, name=name, options=options)
@@ -103,6 +106,9 @@ def pools_as_caffe(stated: ModelSpec | None, preprocessing: Preprocessing) -> bo
     if stated is not None:
         return stated.options.get("caffe_pool", False)
     return None if preprocessing.same_input(PREPROCESSINGS["msra"]) else False
+
+
+RATES = ("dilations", "multi_grid")  # options that no tensor shows
 
 
 def check_settings(model: StagedNetwork, read: Weights | Checkpoint, where: str) -> None:
@@ -174,7 +180,8 @@ def build_model(
     Args:
         name, num_classes, options: see :func:`resnet_backbone.models.build_model`.
         weights: a file, a folder, or an address such as ``torchvision://resnet50/IMAGENET1K_V2``,
-            see :func:`read_checkpoint`. They set ``stride_in_1x1`` unless it is given.
+            see :func:`read_checkpoint`. They set ``stride_in_1x1``, and if the file states them
+            ``dilations`` and ``multi_grid``, unless these are given.
         preprocessing: for weights that do not state theirs, see :func:`read_checkpoint`.
 
     Returns:
@@ -192,6 +199,8 @@ def build_model(
     stride = read.preprocessing.stride_in_1x1
     if "stride_in_1x1" in known and stride is not None:
         options.setdefault("stride_in_1x1", stride)
+    stated = read.model.options if read.model else {}
+    options = {key: stated[key] for key in RATES if key in stated and key in known} | options
     network = fast.build_model(name, num_classes, **options)
     load_tensors(network, read, str(weights))
     network.preprocessing = read.preprocessing

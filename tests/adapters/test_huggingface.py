@@ -109,6 +109,12 @@ def test_weights_that_were_not_converted_or_have_no_place(weights_file):
         load_backbone(torch.nn.Linear(2, 2), rgb_checkpoint(weights_file("resnet18", "msra")[0]))
 
 
+def test_another_epsilon_than_transformers(weights_file):
+    checkpoint = rgb_checkpoint(weights_file("resnet18", "msra")[0]).restated(bn_eps=1e-3)
+    with pytest.raises(WeightsError, match="BN eps 0.001, but huggingface"):
+        backbone_config(checkpoint)
+
+
 @pytest.mark.parametrize("name, options", [("plain18", {}), ("resnet18", {"shortcut": "A"})])
 def test_networks_that_transformers_does_not_have(name, options, weights_file):
     checkpoint = rgb_checkpoint(weights_file(name, "msra", **options)[0])

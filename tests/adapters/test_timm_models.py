@@ -7,6 +7,7 @@ is taken by the tests of ``from_checkpoint``.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import timm
@@ -323,6 +324,24 @@ def test_files_whose_input_would_be_lost_are_refused(layout, classes, weights_fi
     overlay = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
     with pytest.raises(WeightsError, match="from_checkpoint"):
         timm.create_model("paper_resnet18", num_classes=classes, **overlay)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"bn_eps": 1e-3}, "BN eps 0.001, but timm builds batch norms with 1e-05"),
+        ({"mean_image": torch.full((3, 32, 32), 110.0)}, "a per-pixel mean image, which timm"),
+    ],
+)
+def test_inputs_that_timm_cannot_have(tmp_path, change, message):
+    network = build_model("resnet18")
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eps = change.get("bn_eps", module.eps)
+    stated = replace(get_preprocessing("msra"), channel_order="RGB", **change)
+    save_weights(network, tmp_path / "x.safetensors", stated)
+    with pytest.raises(WeightsError, match=message):
+        from_checkpoint(tmp_path / "x.safetensors")
 
 
 def test_errors(weights_file):

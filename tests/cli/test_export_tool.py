@@ -97,13 +97,21 @@ def test_pixels_in_features_out(weights, photos, tmp_path, run, kind):
     }
 
 
-def test_program_is_for_any_size():
-    model = build_model("resnet18", out_features=("res5",)).eval()
+@pytest.mark.parametrize(
+    "name, options, stage",
+    [
+        ("resnet18", {}, "res5"),
+        ("resnet18", {"shortcut": "A"}, "res5"),
+        ("cifar_resnet8", {}, "res4"),
+    ],
+)
+def test_program_is_for_any_size(name, options, stage):
+    model = build_model(name, out_features=(stage,), **options).eval()
     program = export.export_program(model)
-    for size in ((1, 3, 64, 64), (3, 3, 97, 131)):
+    for size in ((1, 3, 64, 64), (3, 3, 97, 131), (1, 3, 66, 72), (2, 3, 33, 47)):
         images = torch.randn(size)
         with torch.no_grad():
-            pair = program.module()(images)["res5"], model(images)["res5"]
+            pair = program.module()(images)[stage], model(images)[stage]
         torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
 
 
@@ -170,6 +178,23 @@ def test_images_are_read_until_there_are_enough(tmp_path, monkeypatch):
     opened.clear()
     first = [tmp_path / "08.png", tmp_path]
     assert len(tool.read_images(first, 640)) == len(opened) == 4
+
+
+def test_files_are_not_overwritten_unless_asked(weights, photos, tmp_path, run):
+    words = ("--weights", weights, "--images", photos, "--output", tmp_path / "net")
+    words += ("--format", "pt2")
+    assert run(*words)[0] == 0
+    code, _, (error,) = run(*words)
+    assert code == 2 and "net.json already exists: give another --output, or --overwrite" in error
+    assert run(*words, "--overwrite")[0] == 0
+
+
+def test_sizes_that_an_onnx_file_cannot_take(tmp_path):
+    """A VGG's, whose pooling to 7 x 7 needs larger maps there."""
+    model = build_model("vgg11", num_classes=3).eval()
+    export.export_onnx(model, tmp_path / "vgg.onnx")
+    with pytest.raises(export.Mismatch, match="onnxruntime cannot run images of 1x3x96x128: "):
+        export.run_onnx(tmp_path / "vgg.onnx")(torch.zeros(1, 3, 96, 128))
 
 
 @pytest.mark.parametrize(

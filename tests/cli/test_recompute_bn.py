@@ -1,5 +1,6 @@
 """tools/recompute_bn.py on a run's folder."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -46,7 +47,7 @@ def test_new_statistics(tool, run, tiny_cifar10, layer_inputs):
     assert (run / "final.safetensors").read_bytes() == before
     new = run / "true_bn.safetensors"
     assert networks.read_spec(new) == networks.NetworkSpec("cifar_resnet8", 10)
-    assert read_checkpoint(new).preprocessing == GREY
+    assert read_checkpoint(new).preprocessing == replace(GREY, resize_size=32, crop_size=32)
     assert networks.read_class_names(new)[:2] == ["airplane", "automobile"]
     tensors = read_checkpoint(new).tensors
     # the first batch norm sees the convolved first 70 images of training
@@ -69,6 +70,18 @@ def test_all_images_by_default_and_another_file(tool, run):
     before, after = load_file(other), load_file(new)
     assert after.keys() == before.keys()
     assert torch.equal(after["linear.weight"], before["linear.weight"])
+
+
+def test_files_are_not_overwritten(tool, refusal, run):
+    """Also not those of the run beside the new weights."""
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    options = "--run", run, "--images", 40, "data.mean=channel"
+    message = "final.safetensors already exists: give another --output, or --overwrite"
+    assert message in refusal(recompute_bn.main, *options, "--output", run / "final.safetensors")
+    tool(*options)
+    after = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert after.keys() - before.keys() == {"true_bn.safetensors"}
+    assert after.items() > before.items()
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from resnet_backbone.classification.networks import CLASSES_KEY, read_class_names
 from resnet_backbone.cli import train_classifier
 from resnet_backbone.runtime.errors import EXIT_STOPPED
 from resnet_backbone.weights.reading import read_header, read_source
@@ -179,6 +181,51 @@ def test_a_changed_data_set_is_no_resumption(config, tiny_cifar10, tmp_path):
     (data / "data_batch_5.bin").write_bytes((data / "data_batch_5.bin").read_bytes()[: 3073 * 9])
     error = refused("--output-dir", tmp_path / "run", "--resume")
     assert "200 training images, but now has 169" in error
+
+
+def test_other_classes_are_refused(uninterrupted, config, tmp_path):
+    """Renamed, so that the labels shift: by name they would be other ones."""
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    file = folder / "final.safetensors"
+    tensors, (first, *others) = load_file(file), read_class_names(file)
+    with safe_open(file, "pt") as opened:
+        facts = opened.metadata()
+    assert first == "airplane"
+    save_file(tensors, file, facts | {CLASSES_KEY: json.dumps(["zebra", *others])})
+    error = refused("--output-dir", folder, "--eval-only")
+    assert "its class 0 is zebra, that of the data is airplane" in error
+
+
+def test_a_folder_is_used_by_one_training_at_a_time(config, tmp_path):
+    arguments = ("--config-file", config, "--output-dir", tmp_path / "run")
+    first = start(*arguments, "schedule.iterations=9999", until=lambda: reached(tmp_path / "run"))
+    try:
+        error = refused("--output-dir", tmp_path / "run", "--resume")
+        assert f"another process uses {tmp_path / 'run'}: wait for it" in error
+    finally:
+        kill(first)
+
+
+def test_a_killed_worker_costs_no_iteration(config, tmp_path):
+    """As the kernel does where memory runs out."""
+    arguments = ("--config-file", config, "--output-dir", tmp_path / "run", "data.workers=1")
+    arguments += ("schedule.iterations=9999", "output.checkpoint_every=9999")
+    process = start(*arguments, until=lambda: (tmp_path / "run/metrics.jsonl").exists())
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in map(int, children):
+        os.kill(child, signal.SIGKILL)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 2 and "Traceback" not in output, output
+    assert "killed by signal" in output.splitlines()[-1] and reached(tmp_path / "run")
+
+
+def test_a_wrong_setting_leaves_no_checkpoint(config, tmp_path):
+    """The first step fails, with statistics half updated."""
+    words = ("--config-file", config, "--output-dir", tmp_path / "run")
+    error = refused(*words, "train.batch_size=1", "train.micro_batch=0")
+    assert "batch" in error and not reached(tmp_path / "run")
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 def test_divergence_stops_with_step_history_and_last_good_checkpoint(config, tmp_path):

@@ -8,7 +8,17 @@ from drawn_networks import random_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resnet_backbone.weights import PREPROCESSINGS, Checkpoint, ModelSpec, WeightsError, convert
+from resnet_backbone import build_model, load_weights
+from resnet_backbone.weights import (
+    PREPROCESSINGS,
+    Checkpoint,
+    ModelSpec,
+    WeightsError,
+    convert,
+    get_preprocessing,
+    read_checkpoint,
+    save_weights,
+)
 from resnet_backbone.weights.compare import compare
 from resnet_backbone.weights.convert import convert_input, fold_bn, to_dtype, to_unit_responses
 from resnet_backbone.weights.load import build_network
@@ -226,3 +236,18 @@ def test_gray_images_are_refused():
         convert_input(gray, channel_order="RGB")
     with pytest.raises(ValueError, match="none of the keys stem.conv1.weight"):
         convert.first_convolution({"features.0.weight": torch.zeros(1, 3, 3, 3)})
+
+
+def test_what_no_tensor_shows_is_kept_by_the_file(tmp_path):
+    options = dict(dilations=(1, 1, 1, 2), multi_grid=(1, 2, 1), stride_in_1x1=False)
+    network = build_model("resnet50", 10, **options).eval()
+    save_weights(network, tmp_path / "x.safetensors", get_preprocessing("torchvision"))
+    images = torch.randn(1, 3, 96, 96)
+    for again in (
+        build_network(read_checkpoint(tmp_path / "x.safetensors")),
+        build_model("resnet50", 10, weights=tmp_path / "x.safetensors").eval(),
+    ):
+        with torch.no_grad():
+            torch.testing.assert_close(again(images), network(images))
+    plain = build_model("resnet50", out_features=("res4",))
+    load_weights(plain, tmp_path / "x.safetensors")  # a choice of the user's
