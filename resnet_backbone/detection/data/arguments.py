@@ -229,7 +229,7 @@ def register_paths(cfg: CfgNode, args: argparse.Namespace) -> None:
         classes = list(cfg.RESNET_BACKBONE.CLASS_NAMES) or None
     else:
         kinds, roots = [_kind(cfg, args)] * 2, _image_roots(args)
-        if cfg.RESNET_BACKBONE.TRAIN_ON_DIFFICULT:
+        if backbone_node(cfg).TRAIN_ON_DIFFICULT:
             raise UsageError(
                 "RESNET_BACKBONE.TRAIN_ON_DIFFICULT needs --voc-root: COCO's format does not know "
                 "difficult boxes, prepare-data writes them as crowds"

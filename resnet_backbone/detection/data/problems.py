@@ -262,6 +262,8 @@ def look_at_image(path: str, stated: tuple[int, int] | None, decode: bool) -> Lo
             " after the turn that its EXIF orientation asks for: annotate the turned image, or "
             "take the orientation out of the file (exiftool -Orientation= FILE)"
         )
+    else:
+        detail += ": give the image that was annotated, or scale the boxes"
     return Look(path, stamp, None, DataProblem("size-mismatch", path, detail))
 
 

@@ -109,7 +109,7 @@ def test_unreadable_images_are_replaced_by_the_same_ones():
     first = [data[place, 0] for place in range(30)]
     assert first == [data[place, 0] for place in range(30)]
     assert {found[0] for found in first} == {"a", "b", "c"}
-    with pytest.raises(OSError, match="in a row cannot be read"):
+    with pytest.raises(OSError, match="in a row cannot be used"):
         AugmentedImages(["broken"] * 3, draw, seed=0)[0, 0]
 
 

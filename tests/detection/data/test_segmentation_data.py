@@ -290,7 +290,7 @@ def test_pictures_that_are_no_labels_are_refused(labeled, picture, words):
 
 def test_every_label_is_checked(labeled):
     """The last but one of 402."""
-    for folder, suffix in ((labeled, "jpg"), (labeled / "labels/semantic", "png")):
+    for folder, suffix in ((labeled / "images", "jpg"), (labeled / "labels/semantic", "png")):
         for number in range(400):
             shutil.copy(folder / f"two.{suffix}", folder / f"x{number:03}.{suffix}")
     path = labeled / "labels/semantic/x398.png"
