@@ -16,7 +16,7 @@ from detectron2.data.datasets.builtin_meta import (
     COCO_PERSON_KEYPOINT_NAMES,
 )
 
-from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.config import UsageError, backbone_node
 from resnet_backbone.detection.data.coco import register_coco
 from resnet_backbone.detection.data.formats.coco import first_images
 from resnet_backbone.detection.data.formats.voc import find_voc_dir, read_split
