@@ -177,8 +177,8 @@ class Trainer:
         started, batch, error = time.perf_counter(), None, None
         try:
             batch = next(batches)
-        except (OSError, ValueError, RuntimeError) as failure:  # the last: a worker was killed
-            error = failure
+        except (OSError, ValueError, RuntimeError, EOFError) as failure:  # or a worker was killed
+            error = failure if str(failure) else DataError("a worker of the loader was killed")
         self.window.data_seconds += time.perf_counter() - started
         self.stop.raise_if_any(error)
         set_rate(self.step.optimizer, self.schedule.at(self.iteration), self.momentum_form)

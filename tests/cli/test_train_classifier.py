@@ -207,24 +207,11 @@ def test_a_folder_is_used_by_one_training_at_a_time(config, tmp_path):
         kill(first)
 
 
-def test_a_killed_worker_costs_no_iteration(config, tmp_path):
-    """As the kernel does where memory runs out."""
-    arguments = ("--config-file", config, "--output-dir", tmp_path / "run", "data.workers=1")
-    arguments += ("schedule.iterations=9999", "output.checkpoint_every=9999")
-    process = start(*arguments, until=lambda: (tmp_path / "run/metrics.jsonl").exists())
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for child in map(int, children):
-        os.kill(child, signal.SIGKILL)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 2 and "Traceback" not in output, output
-    assert "killed by signal" in output.splitlines()[-1] and reached(tmp_path / "run")
-
-
 def test_a_wrong_setting_leaves_no_checkpoint(config, tmp_path):
     """The first step fails, with statistics half updated."""
     words = ("--config-file", config, "--output-dir", tmp_path / "run")
-    error = refused(*words, "train.batch_size=1", "train.micro_batch=0")
-    assert "batch" in error and not reached(tmp_path / "run")
+    error = refused(*words, "model=resnet18", "train.batch_size=1", "train.micro_batch=0")
+    assert "more than 1 value per channel" in error
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 

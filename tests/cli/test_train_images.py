@@ -1,6 +1,8 @@
 """tools/train_classifier.py on image files: loader workers, bad images, means, kill and resume."""
 
+import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +56,22 @@ def test_killed_with_workers_it_ends_as_without_any(config, uninterrupted, tmp_p
     kill(start(*arguments, until=lambda: reached(folder) >= wanted))
     succeed("--output-dir", folder, "--resume", "data.workers=1")
     assert_same_weights(*(path / "final.safetensors" for path in (folder, uninterrupted)))
+
+
+def test_a_killed_worker_costs_no_iteration(config, tmp_path):
+    """As the kernel does where memory runs out."""
+    folder = tmp_path / "run"
+    words = ("--config-file", config, *SMALL, "--output-dir", folder, "data.workers=1")
+    words += ("schedule.iterations=9999", "output.checkpoint_every=9999", "evaluation.every=9999")
+    process = start(*words, until=(folder / "metrics.jsonl").exists)
+    try:
+        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+        output = process.communicate(timeout=120)[0]
+    finally:
+        kill(process)
+    assert process.returncode == 2 and "Traceback" not in output, output
+    assert "killed" in output.splitlines()[-1] and reached(folder)
 
 
 def test_bad_images_are_reported_and_limited(config, uninterrupted, tmp_path):
