@@ -76,6 +76,19 @@ def test_killed_at_random_moments(data, uninterrupted, tmp_path, workers):
     assert not list(folder.glob(".*.pth.*.tmp"))
 
 
+def test_a_folder_is_used_by_one_training_at_a_time(data, tmp_path):
+    words = arguments(data, tmp_path / "run", "--resume", **RUN | dict(SOLVER__MAX_ITER=999))
+    first, second = Forked(words, tmp_path / "first"), None
+    try:
+        first.wait_until(lambda: reached(tmp_path / "run") >= 0)
+        second = Forked(words, tmp_path / "second")
+        assert second.wait() == 2
+        assert "run: wait for it, or choose another folder" in second.log.read_text()
+    finally:
+        first.send(signal.SIGKILL)
+        first.wait()
+
+
 @pytest.mark.parametrize(
     "number",
     [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (SIGUSR1, SIGINT))],
