@@ -196,7 +196,7 @@ def read_coco_json(images: Path, annotations: Path, report: DataReport):
         root = _image_root([*beside, *folders], content, split, len(beside))
         if not root:
             root = str(images)
-            report.notes.append(_find_by_name(content, images, file))
+            _find_by_name(content, images, report, file)
         found, of_file = scan_coco(str(file), root, decode=True, progress=True, found=content)
         report.problems += of_file.problems
         report.clipped += of_file.clipped
@@ -277,8 +277,8 @@ def _image_root(folders: Sequence[Path], content: CocoFile, split: str, beside: 
     return str(best[0])
 
 
-def _find_by_name(content: CocoFile, images: Path, file: Path) -> str:
-    """Gives images that are elsewhere the paths of those with the same names; returns a note."""
+def _find_by_name(content: CocoFile, images: Path, report: DataReport, file: Path) -> None:
+    """Gives images that are not where a file has them the paths of those with the same names."""
     by_name, found = defaultdict(list), 0
     for path in files_below(images, *EXTENSIONS):
         by_name[path.name].append(path.relative_to(images).as_posix())
@@ -286,7 +286,9 @@ def _find_by_name(content: CocoFile, images: Path, file: Path) -> str:
         paths = by_name[image["file_name"].rpartition("/")[2]]
         if len(paths) == 1:
             image["file_name"], found = paths[0], found + 1
-    return f"{file}: {found:,} images are found by their names, not where it has them"
+    if found:
+        text = f"{file}: {found:,} images are found by their names, not where it has them"
+        report.notes.append(text)
 
 
 def read_yolo(images: Path, annotations: Path, report: DataReport):

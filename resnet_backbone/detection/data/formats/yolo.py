@@ -37,10 +37,9 @@ def parse_yolo_line(
     """
     try:
         category, *numbers = map(float, line.split())
-        category = int(category) if category.is_integer() else int("")
-    except (OverflowError, ValueError):
+    except ValueError:
         raise ValueError(f"{line!r} is not a class number and coordinates") from None
-    if not 0 <= category < num_classes or len(numbers) < 4:
+    if not category.is_integer() or not 0 <= category < num_classes or len(numbers) < 4:
         raise ValueError(
             f"{line!r} needs a class from 0 to {num_classes - 1} and at least four numbers"
         )
@@ -53,16 +52,10 @@ def parse_yolo_line(
     points = [number * size[k % 2] for k, number in enumerate(numbers)]
     if len(points) == 4:
         x, y, w, h = points
-        return category, (x - w / 2, y - h / 2, x + w / 2, y + h / 2), {}
+        return int(category), (x - w / 2, y - h / 2, x + w / 2, y + h / 2), {}
     xs, ys = points[::2], points[1::2]
-    return (
-        category,
-        (min(xs), min(ys), max(xs), max(ys)),
-        {
-            "segmentation": [points],
-            "area": mask_area([points]),
-        },
-    )
+    mask = {"segmentation": [points], "area": mask_area([points])}
+    return int(category), (min(xs), min(ys), max(xs), max(ys)), mask
 
 
 def read_yolo_data(annotations: Path, images: Path) -> tuple[list[str], dict[Path, str]]:
