@@ -141,15 +141,14 @@ def evaluate(cfg: CfgNode) -> None:
 
 
 def work(plan: setup.RunPlan) -> None:
-    is_alone = current_world().is_main and not plan.args.eval_only
-    with in_use(plan.cfg.OUTPUT_DIR) if is_alone else nullcontext():
-        cfg = setup.prepare_run(plan)
-        if cfg is None:
-            return
-        if plan.args.eval_only:
-            evaluate(cfg)
-        else:
-            train(cfg, plan.resume)
+    cfg = setup.prepare_run(plan)
+    if cfg is None:
+        return
+    if plan.args.eval_only:
+        evaluate(cfg)
+        return
+    with in_use(cfg.OUTPUT_DIR) if current_world().is_main else nullcontext():
+        train(cfg, plan.resume)
 
 
 def run_seeds(args: argparse.Namespace, cfg: CfgNode) -> None:

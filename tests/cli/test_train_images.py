@@ -71,7 +71,7 @@ def test_a_killed_worker_costs_no_iteration(config, tmp_path):
     finally:
         kill(process)
     assert process.returncode == 2 and "Traceback" not in output, output
-    assert "killed" in output.splitlines()[-1] and reached(folder)
+    assert "worker" in output.splitlines()[-1] and reached(folder)
 
 
 def test_bad_images_are_reported_and_limited(config, uninterrupted, tmp_path):
