@@ -179,6 +179,8 @@ class Trainer:
             batch = next(batches)
         except (OSError, ValueError, RuntimeError, EOFError) as failure:  # or a worker was killed
             error = failure if str(failure) else DataError("a worker of the loader was killed")
+        finally:
+            self.stop.leave_workers()
         self.window.data_seconds += time.perf_counter() - started
         self.stop.raise_if_any(error)
         set_rate(self.step.optimizer, self.schedule.at(self.iteration), self.momentum_form)
