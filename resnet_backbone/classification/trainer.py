@@ -97,6 +97,7 @@ class Trainer:
         self.recent_errors: list[float] = []
         self._begun = 0  # iterations of this process
         self._last_line = 0.0
+        self._is_within_step = False
 
     def resume(self) -> bool:
         """Loads the newest checkpoint; False if there is none.
@@ -166,8 +167,11 @@ class Trainer:
                 if last or self.iteration % self.checkpoint_every == 0:
                     self.save()
                 self._evaluate_if_due()
-        except (Stopped, DataError):  # raised on all processes, between two iterations
-            self.save()
+        except (Stopped, OSError, ValueError) as error:
+            # the first two are raised on all processes, other errors perhaps on one of them
+            is_on_all = isinstance(error, Stopped | DataError)
+            if is_on_all or (self.world.size == 1 and not self._is_within_step):
+                self.save()
             raise
         finally:
             batches = None  # ends the loader's workers first
@@ -185,7 +189,9 @@ class Trainer:
         self.stop.raise_if_any(error)
         set_rate(self.step.optimizer, self.schedule.at(self.iteration), self.momentum_form)
         images, labels = self.prepare(batch)
+        self._is_within_step = True  # statistics may be half updated, which is no state to save
         self.window.add(*self.step(images, labels, self.iteration))
+        self._is_within_step = False
         self.iteration += 1
         self.stop.step_seconds = seconds = time.perf_counter() - started
         self._begun += 1

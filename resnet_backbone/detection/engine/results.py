@@ -47,9 +47,7 @@ def check_results(cfg: CfgNode, results: Mapping[str, Mapping[str, Any]]) -> Non
     """
     wrong = []
     for task, metric, expected, tolerance in cfg.TEST.EXPECTED_RESULTS:
-        of_set, _, task_of_set = task.rpartition("/")  # with several test sets
-        found = results.get(of_set, {}).get(task_of_set, {}) if of_set else results.get(task, {})
-        actual = found.get(metric)
+        actual = flatten_results_dict(results).get(f"{task}/{metric}")  # SET/TASK with several
         if actual is None or not abs(actual - expected) <= tolerance:  # also for nan
             shown = "not measured" if actual is None else f"{actual:.4g}"
             wrong.append(f"{task}/{metric} is {shown}, expected {expected:g} +- {tolerance:g}")

@@ -70,7 +70,7 @@ def read_switches(cfg: CfgNode) -> Switches:
         )
     _choice(cfg, "METRIC")
     if is_improved and cfg.MODEL.ROI_HEADS.NAME == "CascadeROIHeads":
-        raise UsageError(f"{KEY}.* does not support Cascade R-CNN: turn it off")
+        raise UsageError(f"{KEY}.* needs heads of one stage, not CascadeROIHeads: turn it off")
     if cfg.TEST.AUG.ENABLED and cfg.MODEL.KEYPOINT_ON:
         raise UsageError("TEST.AUG does not support keypoints in Detectron2: turn it off")
     kind = cfg.MODEL.META_ARCHITECTURE

@@ -175,9 +175,10 @@ def read_voc_xml(images: Path, annotations: Path, report: DataReport, first: int
     return records, number_classes(records)
 
 
-def number_classes(records: list[dict]) -> list[str]:
-    """Replaces class names by their positions in the sorted list, and returns that list."""
-    names = sorted({one["category_id"] for record in records for one in record["annotations"]})
+def number_classes(records: list[dict], names: Sequence[str] = ()) -> list[str]:
+    """Replaces class names by their positions in a list (default: sorted), and returns the list."""
+    used = {one["category_id"] for record in records for one in record["annotations"]}
+    names = list(names) or sorted(used)
     for one in (one for record in records for one in record["annotations"]):
         one["category_id"] = names.index(one["category_id"])
     return names
@@ -322,8 +323,7 @@ def read_yolo(images: Path, annotations: Path, report: DataReport):
             else:
                 add_box(record, names[category], box, report, **more)
         keep(records, record, len(lines), report)
-    for one in (one for record in records for one in record["annotations"]):
-        one["category_id"] = names.index(one["category_id"])
+    number_classes(records, names)
     if empty:
         report.notes.append(
             f"images without boxes: {empty:,}; training uses them with "

@@ -112,5 +112,5 @@ def _read_splits(file: Path, content: dict[str, Any]) -> dict[Path, str]:
                 entries = [next(filter(Path.exists, some), some[0]) for some in listed]
             else:
                 entries = [place] if place else []
-            found |= {entry.resolve(): split for entry in entries}
+            found = {entry.resolve(): split for entry in entries} | found  # the first use counts
     return found
