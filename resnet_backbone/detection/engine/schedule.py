@@ -13,9 +13,15 @@ from resnet_backbone.detection.engine.results import check_expectations
 from resnet_backbone.detection.engine.writers import check_loggers
 from resnet_backbone.runtime.errors import UsageError
 
-# Names of metrics, so that a misspelled BEST_METRIC is found before training; the first are VOC's,
-# the fourth is VOC's alone.
-METRICS = "AP AP50 AP75 AP50-11pt APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
+# Evaluator type or RESNET_BACKBONE.TEST.METRIC -> metrics of boxes, and the one given per class
+OF_VOC = ("AP", "AP50", "AP75", "AP50-11pt"), "AP50"
+OF_COCO = tuple("AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()), "AP"
+METRICS = {
+    "voc": OF_VOC,
+    "pascal_voc": OF_VOC,
+    "coco": OF_COCO,
+    "imagenet_det": (("AP50",), "AP50"),
+}
 LEAST = {
     "SOLVER.MAX_ITER": 1,
     "SOLVER.CHECKPOINT_PERIOD": 1,
@@ -38,16 +44,12 @@ def check_training(cfg: CfgNode) -> None:
     if not 0 <= decay < 1:
         raise UsageError(f"RESNET_BACKBONE.EMA_DECAY {decay}: from 0 (off) to below 1, as 0.9998")
     metric, problem = cfg.RESNET_BACKBONE.BEST_METRIC, ""
-    task, _, name = metric.rpartition("/")
-    known = name in METRICS or name.startswith(("AP-", "AP50-"))
     if cfg.RESNET_BACKBONE.EARLY_STOP and not metric:
         problem = "EARLY_STOP needs RESNET_BACKBONE.BEST_METRIC, such as bbox/AP50"
     elif metric and cfg.TEST.EVAL_PERIOD < 1:
         problem = "BEST_METRIC needs evaluations: set TEST.EVAL_PERIOD, in iterations"
-    elif metric and not task:
+    elif metric and "/" not in metric:
         problem = f"BEST_METRIC {metric}: write TASK/NAME, such as bbox/AP50"
-    elif task in ("bbox", "segm") and not known:
-        problem = f"BEST_METRIC {metric}: choose {task}/ and one of {', '.join(METRICS)}"
     if cfg.MODEL.META_ARCHITECTURE == "LocalizationRCNN":
         if not cfg.RESNET_BACKBONE.LOCALIZATION.PROPOSALS:
             problem = "LOCALIZATION.PROPOSALS is empty: give the run folder of an rpn_* config"
@@ -56,31 +58,32 @@ def check_training(cfg: CfgNode) -> None:
 
 
 def check_best_metric(cfg: CfgNode) -> None:
-    """Raises UsageError for a metric that the evaluation of the test sets cannot give."""
-    metric, sets = cfg.RESNET_BACKBONE.BEST_METRIC, list(dict.fromkeys(cfg.DATASETS.TEST))
-    form, example = "TASK/NAME", "bbox/AP50"
-    if len(sets) > 1:
-        form, example = f"SET/{form}", f"{sets[0]}/{example}"
-    names_set = any(metric.startswith(f"{name}/") for name in sets)
-    if metric and sets and names_set != (len(sets) > 1):
+    """Raises UsageError for a metric that the evaluation of the test sets does not give."""
+    node, sets = cfg.RESNET_BACKBONE, list(dict.fromkeys(cfg.DATASETS.TEST))
+    metric, prefixes = node.BEST_METRIC, {f"{name}/": name for name in sets}
+    if len(sets) == 1:
+        prefixes = {"": sets[0]}
+    prefix = next((one for one in prefixes if metric.startswith(one)), None)
+    key = f"RESNET_BACKBONE.BEST_METRIC {metric}"
+    if not metric or not sets:
+        return
+    if prefix is None:
+        form = f"SET/TASK/NAME, such as {sets[0]}/bbox/AP50"
+        raise UsageError(f"{key}: with the test sets {', '.join(sets)} write {form}")
+    kind = node.TEST.METRIC or MetadataCatalog.get(prefixes[prefix]).get("evaluator_type")
+    if kind not in METRICS:  # known after the first evaluation
+        return
+    names, per_class = METRICS[kind]
+    masks, keypoints = (kind == "coco" and on for on in (cfg.MODEL.MASK_ON, cfg.MODEL.KEYPOINT_ON))
+    tasks = ["bbox", *["segm"] * masks, *["keypoints"] * keypoints]
+    classes = [f"{per_class}-{name}" for name in node.CLASS_NAMES]
+    task, _, name = metric.removeprefix(prefix).rpartition("/")
+    is_of_a_class = name in classes if classes else name.startswith(f"{per_class}-")
+    if task not in tasks or not (name in names or is_of_a_class):
+        choices = ", ".join([*names, *(classes or [f"{per_class}-CLASS"])])
         raise UsageError(
-            f"RESNET_BACKBONE.BEST_METRIC {metric}: with the test sets {', '.join(sets)} write "
-            f"{form}, such as {example}"
-        )
-    of_set = next((one for one in sets if metric.startswith(f"{one}/")), "".join(sets[:1]))
-    evaluator = MetadataCatalog.get(of_set).get("evaluator_type") if sets else None
-    task, _, name = metric.removeprefix(f"{of_set}/").rpartition("/")
-    is_voc, on = evaluator == "pascal_voc", {"segm": cfg.MODEL.MASK_ON}
-    on["keypoints"] = cfg.MODEL.KEYPOINT_ON
-    lacks = name in METRICS and (name not in METRICS[:4] if is_voc else name == METRICS[3])
-    if metric and evaluator and (lacks or not on.get(task, True)):
-        raise UsageError(f"RESNET_BACKBONE.BEST_METRIC {metric}: {of_set} is not evaluated by it")
-    classes = cfg.RESNET_BACKBONE.CLASS_NAMES
-    kind, dash, label = name.partition("-")
-    if classes and dash and kind in ("AP", "AP50") and name not in METRICS and label not in classes:
-        raise UsageError(
-            f"RESNET_BACKBONE.BEST_METRIC {metric}: no class {label}; the classes are "
-            f"{', '.join(classes)}"
+            f"{key}: {prefixes[prefix]} is evaluated by {prefix}{' or '.join(tasks)}/ and one of "
+            f"{choices}"
         )
 
 

@@ -164,9 +164,6 @@ def test_reference_world_size():
         ("EARLY_STOP", 2, 0, "EARLY_STOP needs RESNET_BACKBONE.BEST_METRIC"),
         ("BEST_METRIC", "bbox/AP50", 0, "set TEST.EVAL_PERIOD"),
         ("BEST_METRIC", "AP", 5, "AP: write TASK/NAME"),
-        ("BEST_METRIC", "bbox/AP5O", 5, "bbox/AP5O: choose bbox/ and one of AP, AP50"),
-        ("BEST_METRIC", "bbox/AP-catt", 5, "no class catt; the classes are cat, dog"),
-        ("BEST_METRIC", "a/bbox/AP50", 5, "test sets a write TASK/NAME, such as bbox/AP50"),
         ("EMA_DECAY", 1.0, 0, "EMA_DECAY 1.0: from 0 .off. to below 1"),
         ("EPOCHS", -1.0, 0, "EPOCHS -1.0: give at least 0"),
     ],
@@ -190,24 +187,34 @@ def test_metrics_of_several_test_sets(make_cfg):
             schedule.check_best_metric(cfg)
 
 
+OF_VOC = "by bbox/ and one of AP, AP50, AP75, AP50-11pt, AP50-cat, AP50-dog$"
+
+
 @pytest.mark.parametrize(
-    "evaluator, metric, is_given",
+    "kind, metric, message",
     [
-        ("pascal_voc", "bbox/AP50-11pt", True),
-        ("pascal_voc", "bbox/AP50-dog", True),
-        ("pascal_voc", "bbox/APs", False),
-        ("coco", "bbox/APs", True),
-        ("coco", "bbox/AP50-11pt", False),
-        ("coco", "segm/AP", False),
+        ("pascal_voc", "bbox/AP50-11pt", ""),
+        ("pascal_voc", "bbox/AP50-dog", ""),
+        ("pascal_voc", "bbox/APs", OF_VOC),
+        ("pascal_voc", "bbox/AP-dog", OF_VOC),
+        ("pascal_voc", "bbox/AP5O", OF_VOC),
+        ("pascal_voc", "bbox/AP50-catt", OF_VOC),
+        ("pascal_voc", "metrics_of_pascal_voc/bbox/AP50", OF_VOC),
+        ("coco", "bbox/APs", ""),
+        ("coco", "segm/AP-dog", ""),
+        ("coco", "bbox/AP50-11pt", "by bbox or segm/ and one of AP, AP50"),
+        ("coco", "keypoints/AP", "by bbox or segm/"),
+        ("sem_seg", "sem_seg/mIoU", ""),
     ],
 )
-def test_metrics_that_an_evaluation_gives(make_cfg, evaluator, metric, is_given):
-    MetadataCatalog.get("metrics_test").evaluator_type = evaluator
-    cfg = make_cfg(DATASETS__TEST=("metrics_test",), RESNET_BACKBONE__CLASS_NAMES=["dog"])
-    cfg.RESNET_BACKBONE.BEST_METRIC = metric
-    if is_given:
+def test_metrics_that_an_evaluation_gives(make_cfg, kind, metric, message):
+    name = f"metrics_of_{kind}"
+    MetadataCatalog.get(name).evaluator_type = kind
+    cfg = make_cfg(DATASETS__TEST=(name,), RESNET_BACKBONE__CLASS_NAMES=["cat", "dog"])
+    cfg.MODEL.MASK_ON, cfg.RESNET_BACKBONE.BEST_METRIC = True, metric
+    if not message:
         return schedule.check_best_metric(cfg)
-    with pytest.raises(UsageError, match=f"{metric}: metrics_test is not evaluated by it"):
+    with pytest.raises(UsageError, match=f"{metric}: {name} is evaluated {message}"):
         schedule.check_best_metric(cfg)
 
 
