@@ -59,7 +59,6 @@ def work(task: tuple[Config, argparse.Namespace]) -> None:
     world = current_world(choose_device(config.train.device))
     set_up_logging(None, world.is_main)
     check_processes(config, world)
-    config.data.mean, config.data.std = "imagenet", "one"  # not computed: the file states them
     with tempfile.TemporaryDirectory() as temporary:  # for the data sets' means and reports
         run = ClassificationRun(config, world, RunFolder(temporary), args.weights)
         logger.info("before: %s", run.evaluate(run.model))
@@ -89,6 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.output.exists() and not args.overwrite:
         raise UsageError(f"{args.output} already exists: give another --output, or --overwrite")
     args.output.parent.mkdir(parents=True, exist_ok=True)
+    config.model.weights = str(args.weights)
     config.model.new_head = False  # the run's weights have theirs
     config.train.recompute_bn_samples = args.images or 0
     config.train.micro_batch = args.micro_batch or config.train.micro_batch

@@ -159,8 +159,7 @@ def evaluate_only(config: Config, given: str, world: World) -> None:
     weights = given or final or newest_weights(folder)
     if not weights:
         raise UsageError(f"{folder} has no weights: give model.weights=FILE")
-    config.data.mean, config.data.std = "imagenet", "one"  # not computed: the file states them
-    config.model.new_head = False
+    config.model.weights, config.model.new_head = weights, False
     config.train.batch_size = world.size  # nothing is trained: any number of processes will do
     with tempfile.TemporaryDirectory() as temporary:
         run = ClassificationRun(config, world, RunFolder(temporary), weights)

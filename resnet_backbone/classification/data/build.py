@@ -169,6 +169,8 @@ def _encoded(config: Config, folder: Path, world: World, protocol: Protocol) -> 
         workers=data.workers,
         report=report,
     )
+    if config.model.weights:  # their input takes the place of this one: no mean is computed
+        data = replace(data, mean="imagenet", std="one")
     preprocessing = training_input(data, train, folder, world, report)
     evaluation = EvaluationFiles(val.samples, *protocol.loading)
     return ClassificationData(source, evaluation, preprocessing, train.class_names, str(val.root))
