@@ -150,8 +150,9 @@ def test_fx(name):
     model = timm.create_model(name, num_classes=42).eval()
     graph, x = traced(model), images(batch=2)
     with torch.inference_mode():
-        (logits,) = graph.eval()(x).values()
-        assert torch.allclose(logits, model(x), rtol=1e-4, atol=1e-5)
+        (logits,), wanted = graph.eval()(x).values(), model(x)
+    # batch norms are folded in one of them, and random weights give logits of thousands
+    assert torch.allclose(logits, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
     (logits,) = graph.train()(x).values()
     logits.mean().backward()
     assert all(parameter.grad is not None for parameter in graph.parameters())
