@@ -12,6 +12,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ TOLERANCE = 10.0  # pixels by which a box may be larger than a small object
 TOP = 5  # number of guessed classes
 IOU = 0.5
 TRUE_CLASS, TOP1, TOP5 = "true_class_error", "top1_error", "top5_error"
+# Error -> the last rank of the true class among the guesses with which an image can be right
+LAST_RANK = {TRUE_CLASS: math.inf, TOP1: 1, TOP5: TOP}
+LOC_RESULTS, LOCALIZATIONS = "loc_results.json", "localizations.json"
 
 
 class DETEvaluator(BoxEvaluator):
@@ -122,7 +126,8 @@ class LOCEvaluator(BoxEvaluator):
     class given, an image is wrong unless that class's box has an IoU of 0.5 or more with an object.
     The top-1 and top-5 errors use guesses: an image is wrong unless one is the true class with such
     a box. Returns {"localization": {"true_class_error", "top1_error", "top5_error"}}, the last two
-    only with guesses.
+    only with guesses. `output_dir` gets ``loc_results.json``, and ``localizations.json`` with the
+    true class's box of each image.
 
     Args:
         guesses: stem of an image's file name -> its classes, best first; see :func:`read_guesses`.
@@ -144,7 +149,7 @@ class LOCEvaluator(BoxEvaluator):
                 )
 
     def score(self, found) -> OrderedDict:
-        wrong: dict[str, list[bool]] = {TRUE_CLASS: [], TOP1: [], TOP5: []}
+        rows = []
         for record, objects, classes in self.objects():
             image = record["image_id"]
             if len(set(classes)) != 1:
@@ -152,30 +157,38 @@ class LOCEvaluator(BoxEvaluator):
                     f"{self.name}: image {image} shows {len(set(classes))} classes, localization "
                     "is of one: make the data set with `prepare-data own --one-class`"
                 )
-            is_found = int(classes[0]) if self.is_found(found, image, objects, classes[0]) else None
-            guesses = self.guesses.get(Path(record["file_name"]).stem, ())
-            wrong[TRUE_CLASS].append(is_found is None)
-            for name, count in ((TOP1, 1), (TOP5, TOP)):
-                wrong[name].append(is_found not in guesses[:count])
-        if not self.guesses:
-            wrong = {TRUE_CLASS: wrong[TRUE_CLASS]}
-        errors = {name: 100 * sum(rows) / max(1, len(rows)) for name, rows in wrong.items()}
-        count = len(wrong[TRUE_CLASS])
+            label, path = int(classes[0]), record["file_name"]
+            row = {"image": path, "class": self.class_names[label], "objects": objects.tolist()}
+            row |= best_box(found.get(image), objects, label)
+            guesses = self.guesses.get(Path(path).stem, ())
+            row["rank"] = guesses.index(label) + 1 if label in guesses else None
+            rows.append(row)
+        names = LAST_RANK if self.guesses else [TRUE_CLASS]
+        wrong = wrong_images(rows)
+        errors = {name: 100 * float(wrong[name].sum()) / max(1, len(rows)) for name in names}
         text = ", ".join(f"{name} {value:.2f} %" for name, value in errors.items())
-        logger.info("%s, %d images: %s", self.name, count, text)
-        self.write("loc_results.json", {"images": count, **errors})
+        logger.info("%s, %d images: %s", self.name, len(rows), text)
+        self.write(LOC_RESULTS, {"images": len(rows), **errors})
+        self.write(LOCALIZATIONS, rows, indent=None)
         return OrderedDict(localization=errors)
 
-    @staticmethod
-    def is_found(found, image, objects: np.ndarray, true_class: int) -> bool:
-        if image not in found:
-            return False
-        boxes, scores, classes = found[image]
-        mine = np.flatnonzero(classes == true_class)
-        if not len(mine):
-            return False
-        best = mine[scores[mine].argmax()]
-        return bool(overlaps(boxes[best : best + 1], objects).max() >= IOU)
+
+def best_box(found: Sequence | None, objects: np.ndarray, label: int) -> dict[str, Any]:
+    """Returns box, score and IoU of a class's highest-scored detection; None without one."""
+    boxes, scores, classes = found or (np.zeros((0, 4)), np.zeros(0), np.zeros(0, int))
+    mine = np.flatnonzero(classes == label)
+    if not len(mine):
+        return {"box": None, "score": None, "iou": 0.0}
+    best = mine[scores[mine].argmax()]
+    iou = float(overlaps(boxes[best : best + 1], objects).max())
+    return {"box": boxes[best].tolist(), "score": float(scores[best]), "iou": iou}
+
+
+def wrong_images(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Returns whether each image of ``localizations.json`` is wrong, (N,), for each error."""
+    ious = np.array([row["iou"] for row in rows])
+    ranks = np.array([row["rank"] or math.inf for row in rows])
+    return {name: (ious < IOU) | (ranks > last) for name, last in LAST_RANK.items()}
 
 
 def read_guesses(path: str, class_names: Sequence[str]) -> dict[str, list[int]]:

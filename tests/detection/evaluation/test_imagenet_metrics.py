@@ -1,5 +1,6 @@
 """ImageNet's detection and localization metrics, against loops and by hand."""
 
+import json
 import math
 
 import numpy as np
@@ -121,7 +122,12 @@ def test_localization_by_hand(register, tmp_path):
     guesses = {"img0": [0, 1], "img1": [2, 0, 1], "img2": [2], "img3": [1, 2]}
     results = evaluate(imagenet.LOCEvaluator(name, str(tmp_path), guesses), found)["localization"]
     assert results == {"true_class_error": 25.0, "top1_error": 75.0, "top5_error": 50.0}
-    assert (tmp_path / "loc_results.json").is_file()
+    assert json.loads((tmp_path / "loc_results.json").read_text()) == {"images": 4, **results}
+    rows = json.loads((tmp_path / "localizations.json").read_text())
+    assert [(row["class"], row["rank"], row["iou"]) for row in rows] == [
+        (NAMES[0], 1, 0.6), (NAMES[1], 3, 0.6), (NAMES[2], 1, 0.4), (NAMES[0], None, 0.6)
+    ]  # fmt: skip
+    assert rows[0]["box"] == [*good] and rows[0]["objects"] == [[*far], [*one]]
     del guesses["img3"]
     with pytest.raises(DataError, match="no guess for somewhere/img3.jpg"):
         imagenet.LOCEvaluator(name, None, guesses)
