@@ -21,7 +21,7 @@ from resnet_backbone.report.runs import (
 )
 from resnet_backbone.runtime.records import CONFIG, RESULTS
 
-VOC_RESULTS, LOC_RESULTS, LOG = "voc_results.json", "loc_results.json", "log.txt"
+VOC_RESULTS, LOG = "voc_results.json", "log.txt"
 EVALUATION = "eval"  # name of the folder of an evaluation
 
 
@@ -29,8 +29,7 @@ EVALUATION = "eval"  # name of the folder of an evaluation
 class DetectorRun(AnyRun):
     """A run folder of train-net."""
 
-    # From voc_results.json or loc_results.json. For a run on COCO's format, reading its detections
-    # adds them.
+    # From voc_results.json. For a run on COCO's format, reading its detections adds them.
     details: dict[str, Any] = field(default_factory=dict)
     training: Path | None = None  # see `home`
 
@@ -186,9 +185,8 @@ def load_detector_run(folder: str | os.PathLike, task: str = "bbox") -> Detector
         results |= {key: ended[key] for key in ("iterations", "images_per_batch") if key in ended}
         results["training_command"] = ended.get("command")
     run = DetectorRun(folder.resolve(), config, results, training=training)
-    for name in (VOC_RESULTS, LOC_RESULTS):
-        if (run.inference / name).is_file():
-            run.details.update(read_table(run.inference / name))
+    if (run.inference / VOC_RESULTS).is_file():
+        run.details.update(read_table(run.inference / VOC_RESULTS))
     return run
 
 

@@ -17,10 +17,13 @@ from resnet_backbone.report.table import WHERE, hardware_text, markdown, show_co
 from resnet_backbone.runtime.records import RESULTS
 
 PREDICTIONS = "predictions.csv"
+ERROR, CHANGE = "{:.2f} [{:.2f}, {:.2f}]", "{:+.2f} [{:+.2f}, {:+.2f}]"
+INTERVALS = """\
+In brackets: 95 % intervals (Agresti and Coull 1998; Agresti and Min 2005 for changes). They cover \
+the choice of the test images, not that of the seed."""
 TEXT = """\
-Errors in percent of {images:,} images. Change: top-1 error minus that of the first row, image by
-image. In brackets: 95 % intervals (Agresti and Coull 1998; Agresti and Min 2005 for changes). They
-cover the choice of the test images, not that of the seed."""
+Errors in percent of {images:,} images. Change: top-1 error minus that of the first row, image by \
+image. """
 
 
 @dataclass(frozen=True)
@@ -32,24 +35,25 @@ class Evaluation:
     images: dict[int, tuple[str, str]]  # index of a readable image -> its file's name, label
     is_wrong: np.ndarray  # top-1, of all images (N,); unreadable ones are wrong
 
-    @property
-    def error(self) -> tuple[float, float, float]:
-        """Top-1 error and its interval, in percent; four more images, half of them wrong."""
-        count = len(self.is_wrong) + 4
-        share = (self.is_wrong.sum() + 2) / count
-        half = 1.96 * math.sqrt(share * (1 - share) / count)
-        return 100 * self.is_wrong.mean(), 100 * max(0, share - half), 100 * min(1, share + half)
 
-    def change(self, other: Evaluation) -> tuple[float, float, float]:
-        """Top-1 error minus that of `other`, and its interval, in percent.
+def error_interval(is_wrong: np.ndarray) -> tuple[float, float, float]:
+    """Returns an error and its interval, in percent; four more images, half of them wrong."""
+    count = len(is_wrong) + 4
+    share = (is_wrong.sum() + 2) / count
+    half = 1.96 * math.sqrt(share * (1 - share) / count)
+    return 100 * is_wrong.mean(), 100 * max(0, share - half), 100 * min(1, share + half)
 
-        Half an image more is wrong in each alone, in both, and in none.
-        """
-        difference = self.is_wrong.astype(int) - other.is_wrong
-        count, discordant = len(difference) + 2, np.abs(difference).sum() + 1
-        mean = difference.sum() / count
-        half = 1.96 * math.sqrt(discordant - count * mean**2) / count
-        return 100 * difference.mean(), 100 * (mean - half), 100 * (mean + half)
+
+def change_interval(is_wrong: np.ndarray, before: np.ndarray) -> tuple[float, float, float]:
+    """Returns an error minus that of `before` on the same images, and its interval, in percent.
+
+    Half an image more is wrong in each alone, in both, and in none.
+    """
+    difference = is_wrong.astype(int) - before
+    count, discordant = len(difference) + 2, np.abs(difference).sum() + 1
+    mean = difference.sum() / count
+    half = 1.96 * math.sqrt(discordant - count * mean**2) / count
+    return 100 * difference.mean(), 100 * (mean - half), 100 * (mean + half)
 
 
 def load_evaluation(folder: Path, name: str = "") -> Evaluation:
@@ -86,16 +90,16 @@ def compare_evaluations(evaluations: Sequence[Evaluation]) -> str:
         top5, speed = results.get("top5_error"), results.get("images_per_second")
         run_by = [*(results.get("engine") or ["eager"]), results.get("precision", "")]
         cells = [one.name, ", ".join(filter(None, dict.fromkeys(run_by)))]
-        cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*one.error))
+        cells.append(ERROR.format(*error_interval(one.is_wrong)))
         cells += ["-" if top5 is None else f"{top5:.2f}", f"{results['cross_entropy']:.4f}"]
         cells.append("-" if speed is None else f"{speed:.1f}")
-        change = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*one.change(first))
+        change = CHANGE.format(*change_interval(one.is_wrong, first.is_wrong))
         rows.append([*cells, "" if one is first else change])
     header = ["network", "engine, precision", "top-1 error", "top-5 error", "cross-entropy"]
     table = markdown([*header, "images per s", "change of top-1 error"], rows)
     commands = show_commands(one.results.get("command") for one in evaluations)
     lines = "\n".join(_facts(one, commands) for one in evaluations)
-    text = TEXT.format(images=len(first.is_wrong))
+    text = TEXT.format(images=len(first.is_wrong)) + INTERVALS
     return "\n\n".join([table, text, WHERE, lines]) + "\n"
 
 

@@ -21,7 +21,6 @@ from resnet_backbone.runtime.records import CONFIG, METRICS, RESULTS
 Metrics = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> iterations (N,), values (N,)
 
 DETECTOR_METRICS = "metrics.json"  # Detectron2's
-VOC_RESULTS, LOC_RESULTS, LOG = "voc_results.json", "loc_results.json", "log.txt"
 ELEVEN_POINT = "AP50-11pt"
 
 logger = logging.getLogger(__name__)
