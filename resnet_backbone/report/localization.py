@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from resnet_backbone.detection.data.problems import read_image
 from resnet_backbone.detection.evaluation.imagenet import (
     LAST_RANK,
     LOCALIZATIONS,
@@ -17,7 +16,13 @@ from resnet_backbone.detection.evaluation.imagenet import (
     TRUE_CLASS,
     wrong_images,
 )
-from resnet_backbone.detection.inference.pictures import contact_sheet, draw_boxes, save_image
+from resnet_backbone.detection.inference.pictures import (
+    UnreadableError,
+    contact_sheet,
+    draw_boxes,
+    read_bgr,
+    save_image,
+)
 from resnet_backbone.report.detection_table import NOT_MEASURED, run_facts
 from resnet_backbone.report.detector_runs import DetectorRun, load_detector_run
 from resnet_backbone.report.evaluations import (
@@ -149,7 +154,7 @@ def draw_sheet(run: Localization) -> tuple[np.ndarray, int]:
         if row["box"]:
             boxes, colors = [*boxes, row["box"]], [*colors, ORANGE]
             text = f"{row['class']} {row['score']:.2f}, overlap {row['iou']:.2f}"
-        photo = read_image(row["image"], "RGB")
+        photo = np.ascontiguousarray(read_bgr(Path(row["image"]))[:, :, ::-1])
         pictures.append(draw_boxes(photo, boxes, [""] * len(boxes), colors))
         captions.append(text)
     return contact_sheet(pictures, COLUMNS, captions, TILE), step
@@ -175,7 +180,7 @@ def write_localization_report(folders: Sequence[str], output: Path, note: str, c
         save_image(output.with_suffix("") / "boxes.jpg", sheet)
         shown = [f"![images with boxes]({output.stem}/boxes.jpg)"]
         shown.append(PICTURE.format(step=step, name=runs[-1].name))
-    except OSError as error:  # the images are elsewhere
+    except UnreadableError as error:  # the images are elsewhere
         shown = [f"No picture: {error}."]
     parts = ["# Localization: our runs beside Table 13", note, table, TEXT + INTERVALS]
     parts += ["" if same else OTHER_IMAGES, changes_section(runs), *shown]
