@@ -233,3 +233,11 @@ def train_net(run_command):
         return errors.splitlines()
 
     return run
+
+
+@pytest.fixture
+def prepare_own(run_command):
+    """Function (argument...) -> exit status of prepare-data own, what it printed, its errors."""
+    from resnet_backbone.cli import prepare_data
+
+    return lambda *arguments: run_command(prepare_data.main, "own", *arguments)
