@@ -18,6 +18,7 @@ from torchvision.ops import box_iou
 
 from resnet_backbone.detection.config import DEFAULTS, UsageError, backbone_node
 from resnet_backbone.detection.data.problems import read_image
+from resnet_backbone.detection.evaluation import METRICS
 from resnet_backbone.detection.inference.member import (
     ImageViews,
     Member,
@@ -33,7 +34,7 @@ VOTING_IOU = 0.5
 SOFT_NMS_SIGMA = 0.5  # of the Gaussian (arXiv 1704.04503, section 6.1)
 SOFT_NMS_LEAST = 0.001  # boxes with lower decayed scores are dropped, as in the authors' code
 CHOICES = {
-    "METRIC": ("", "imagenet_det", "localization"),
+    "METRIC": ("", *METRICS),
     "NMS": ("hard", "agnostic", "linear", "gaussian"),
     "PRECISION": ("float32", "bfloat16", "float16", "int8"),
 }
