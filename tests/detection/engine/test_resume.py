@@ -1,9 +1,11 @@
 """Trainings that are killed, signalled and resumed end as those that nobody interrupted."""
 
+import os
 import random
 import shutil
 import signal
 import time
+from pathlib import Path
 from signal import SIGINT, SIGUSR1
 
 import pytest
@@ -74,6 +76,20 @@ def test_killed_at_random_moments(data, uninterrupted, tmp_path, workers):
     assert finish(words, tmp_path / "log").count("Starting training from iteration") == 3
     assert_same_run(folder, uninterrupted)
     assert not list(folder.glob(".*.pth.*.tmp"))
+
+
+def test_a_killed_worker_ends_the_run_in_a_line(data, tmp_path):
+    """As the kernel does where memory runs out."""
+    keys = RUN | dict(DATALOADER__NUM_WORKERS=1, SOLVER__MAX_ITER=999)
+    process = Forked(arguments(data, tmp_path / "run", **keys), tmp_path / "log")
+    process.wait_until(lambda: reached(tmp_path / "run") >= 0)
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+    assert process.wait() == 2
+    text = process.log.read_text()
+    assert (
+        "a worker of the loader was killed" in text.splitlines()[-1] and "Traceback" not in text
+    ), text
 
 
 def test_a_folder_is_used_by_one_training_at_a_time(data, tmp_path):
