@@ -156,7 +156,7 @@ def test_an_interrupted_evaluation_alone_ends_in_a_line(uninterrupted, write_voc
 @pytest.mark.slow
 def test_a_second_interrupt_ends_at_once(data, tmp_path):
     folder = tmp_path / "run"
-    keys = RUN | dict(SOLVER__MAX_ITER=10**5, TEST__EVAL_PERIOD=10**5)
+    keys = RUN | dict(SOLVER__MAX_ITER=999, TEST__EVAL_PERIOD=999)
     process = Forked(arguments(data, folder, **keys), tmp_path / "log")
     process.wait_until(lambda: reached(folder) >= 2)
     for _ in range(200):
