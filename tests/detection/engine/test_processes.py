@@ -105,7 +105,7 @@ def test_a_single_process_of_torchrun_fetches_its_weights(train_net, data, tmp_p
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_signal_to_one_process_stops_both(data, tmp_path, launcher):
     folder = tmp_path / "run"
-    keys = RUN | dict(SOLVER__MAX_ITER=10**5, TEST__EVAL_PERIOD=0, SOLVER__CHECKPOINT_PERIOD=3)
+    keys = RUN | dict(SOLVER__MAX_ITER=999, TEST__EVAL_PERIOD=0, SOLVER__CHECKPOINT_PERIOD=3)
     options, extra = LAUNCHERS[launcher]
     process = start(arguments(data, folder, *options, **keys), **extra)
     deadline = time.monotonic() + 300

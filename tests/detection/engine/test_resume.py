@@ -220,7 +220,7 @@ def test_other_keys_may_change_and_are_named(data, uninterrupted, tmp_path):
 @pytest.mark.slow
 def test_a_drawn_seed_is_kept(data, tmp_path):
     folder = tmp_path / "run"
-    keys = dict(SOLVER__MAX_ITER=10**5, SOLVER__CHECKPOINT_PERIOD=1, SEED=-1)
+    keys = dict(SOLVER__MAX_ITER=999, SOLVER__CHECKPOINT_PERIOD=1, SEED=-1)
     process = Forked(arguments(data, folder, **keys), tmp_path / "log")
     process.wait_until(lambda: reached(folder) >= 0)
     process.send(signal.SIGTERM)
