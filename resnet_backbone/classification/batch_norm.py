@@ -229,7 +229,22 @@ class _Pass:
             yield
 
     def inputs(self) -> Iterator[Tensor]:
-        """Yields the network's input, one micro-batch at a time."""
+        """Yields the network's input, one micro-batch at a time.
+
+        A last one of one image, too few for a batch norm of a 1x1 map, joins the one before.
+        """
+        held = None
+        for part in self.micro_batches():
+            if held is not None and len(part) == 1 < len(held):
+                held = torch.cat([held, part])
+                continue
+            if held is not None:
+                yield held
+            held = part
+        if held is not None:
+            yield held
+
+    def micro_batches(self) -> Iterator[Tensor]:
         device = next(self.network.parameters()).device
         for batch in self.batches:
             images = getattr(batch, "images", batch)

@@ -208,6 +208,8 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
         hint = "give schedule.iterations in place of schedule.epochs, or leave it out"
         counted = ("schedule.milestones", "schedule.warmup_iterations")
         if config.schedule.epochs:
+            lengths = given & {"schedule.iterations", "schedule.scale"}
+            problems += [f"{key} and schedule.epochs: give one of them" for key in sorted(lengths)]
             problems += [f"{key} is in iterations: {hint}" for key in counted if key in given]
         problems += _combinations(config)
     if problems:

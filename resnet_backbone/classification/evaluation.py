@@ -313,7 +313,7 @@ def check_bad(bad: Sequence[BadSample], most: int) -> None:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         raise UsageError(
             f"{first.name}: {first.reason}{more}; repair the file, or let up to N such images "
-            "count as wrong with max_bad_images (--max-bad-images N)"
+            "count as wrong: --max-bad-images N, in train-classifier evaluation.max_bad_images=N"
         )
 
 

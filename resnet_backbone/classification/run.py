@@ -20,8 +20,9 @@ from resnet_backbone.classification.batch_norm import (
 )
 from resnet_backbone.classification.config import Config, scale_schedule
 from resnet_backbone.classification.data.augment import BatchMixer
-from resnet_backbone.classification.data.build import build_data
+from resnet_backbone.classification.data.build import BAD_IMAGES, build_data
 from resnet_backbone.classification.data.evaluation import EvaluationArrays, EvaluationLoader
+from resnet_backbone.classification.data.loader import BadImageReport
 from resnet_backbone.classification.evaluation import EvaluationResult, evaluate
 from resnet_backbone.classification.networks import Checkpoints, NetworkSpec
 from resnet_backbone.classification.protocols import Center, Full
@@ -36,6 +37,7 @@ from resnet_backbone.runtime.records import RESULTS, RunFolder, command_line, ha
 from resnet_backbone.runtime.signals import StopRequest, Watched
 from resnet_backbone.weights import Preprocessing
 from resnet_backbone.weights.preprocessing import InputNormalizer
+from resnet_backbone.weights.reading import UnknownInput
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +109,11 @@ class ClassificationRun:
         if weights:
             self.check_classes(weights)
             preprocessing, new_head = config.model.preprocessing, config.model.new_head
-            self.use_input(networks.load_network(self.model, weights, preprocessing, new_head))
+            try:
+                found = networks.load_network(self.model, weights, preprocessing, new_head)
+            except UnknownInput as error:
+                raise UnknownInput(error.source, "model.preprocessing=NAME") from error
+            self.use_input(found)
             logger.info("%s, with the channel order, range, and mean of its input", weights)
 
     def check_classes(self, weights: str | Path) -> None:
@@ -125,6 +131,7 @@ class ClassificationRun:
         sizes = {"resize_size": None, "crop_size": None}  # the default test of the written weights
         if isinstance(self.protocol, Center):
             sizes = {"resize_size": self.protocol.resize, "crop_size": self.protocol.crop}
+            sizes["interpolation"] = self.protocol.interpolation  # not that of loaded weights
         elif isinstance(self.data.evaluation, EvaluationArrays):  # whole images of one size
             sizes = dict.fromkeys(sizes, self.data.evaluation.images.shape[-1])
         self.preprocessing = replace(preprocessing, **sizes)
@@ -156,7 +163,7 @@ class ClassificationRun:
         if stop is not None:
             share = -(-loader.num_images // self.world.size)  # of the process with the most images
             loader = Watched(loader, stop, -(-share // loader.batch_size))
-        return evaluate(
+        result = evaluate(
             [(model, self.normalizer)],
             self.protocol,
             loader,
@@ -165,6 +172,9 @@ class ClassificationRun:
             channels_last=self.config.train.channels_last,
             max_bad_images=self.config.evaluation.max_bad_images,
         )
+        for one in result.bad:
+            logger.warning("counts as wrong: %s: %s", one.name, one.reason)
+        return result
 
     def validate(self, model: nn.Module, stop: StopRequest) -> dict[str, float]:
         result = self.evaluate(model, stop)
@@ -263,6 +273,11 @@ class ClassificationRun:
             if not self.world.is_main:
                 return
             trainer.write_weights(FINAL)
+        bad = BadImageReport(self.folder / BAD_IMAGES).num_bad
+        if bad:
+            logger.warning(
+                "%d images were replaced by others: see %s", bad, self.folder / BAD_IMAGES
+            )
         windows = self.data.source.num_samples / config.train.batch_size / config.output.log_every
         recent = trainer.recent_errors[-max(1, round(windows)) :]  # the last epoch
         content = {
@@ -277,6 +292,7 @@ class ClassificationRun:
             "evaluated_on": self.data.evaluated_on,
             "num_classes": self.spec.num_classes,
             "train_images": self.data.source.num_samples,
+            "bad_images": bad,
             "bn_statistics": "training set" if recompute else "moving averages",
             "with_moving_averages": moving,
             "best_val_top1_error": trainer.best,

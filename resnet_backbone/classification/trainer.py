@@ -20,7 +20,7 @@ from resnet_backbone.runtime.errors import DataError, Stopped, TrainingDiverged,
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.processes import World
 from resnet_backbone.runtime.records import RunFolder, spell_hours
-from resnet_backbone.runtime.signals import StopRequest
+from resnet_backbone.runtime.signals import StopRequest, killed_worker
 from resnet_backbone.weights import WeightsError
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ class Trainer:
         try:
             batch = next(batches)
         except (OSError, ValueError, RuntimeError, EOFError) as failure:  # or a worker was killed
-            error = failure if str(failure) else DataError("a worker of the loader was killed")
+            error = killed_worker(failure, "data.workers") or failure
         finally:
             self.stop.leave_workers()
         self.window.data_seconds += time.perf_counter() - started

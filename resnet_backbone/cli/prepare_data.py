@@ -8,8 +8,9 @@
   resnet-backbone prepare-data digits --help     the built-in detection set
   resnet-backbone prepare-data labels --help     label images for segmentation
 
-You can repeat an interrupted call: existing files stay. Exit status: 0, all is well; 1, something
-is missing, corrupt, or not as many as published; 2, wrong arguments or unusable files.
+You can repeat an interrupted call: existing files stay. Only shards need an empty folder again.
+Exit status: 0, all is well; 1, something is missing, corrupt, or not as many as published; 2, wrong
+arguments or unusable files.
 """
 
 from __future__ import annotations

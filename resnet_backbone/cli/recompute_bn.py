@@ -45,7 +45,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weights", metavar="FILE", help="weights to start from (default: DIR/final.safetensors)")
     add("--output", metavar="FILE", help="new weights (default: DIR/true_bn.safetensors)")
     add("--overwrite", action="store_true", help="replace the file --output")
-    add("--images", help="number of training images (default: all)", **number)
+    add("--images", help="number of training images (default: as in the run)", **number)
     add("--micro-batch", help="images normalized together (default: as in the run)", **number)
     add("--layer-inputs", choices=LAYER_INPUTS, default="batch", help="(default: batch)")
     add_launch_arguments(parser)
@@ -79,6 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     saved, args.weights = Path(args.run) / CONFIG, Path(args.weights or Path(args.run) / FINAL)
     if not saved.is_file():
         raise UsageError(f"{args.run} has no {CONFIG}: --run is a run folder of train-classifier")
+    if any(word.startswith("model.weights=") for word in args.overrides):
+        raise UsageError("give --weights FILE in place of model.weights")
     config = load_config([saved], args.overrides)
     if not args.weights.is_file():
         raise UsageError(f"{args.weights}: no such file; give --weights FILE")
@@ -90,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     config.model.weights = str(args.weights)
     config.model.new_head = False  # the run's weights have theirs
-    config.train.recompute_bn_samples = args.images or 0
+    config.train.recompute_bn_samples = args.images or config.train.recompute_bn_samples
     config.train.micro_batch = args.micro_batch or config.train.micro_batch
     launch = plan_launch(args, config.train.device, "train.device=cpu")
     run_processes(launch, work, (config, args))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -151,6 +152,10 @@ class Builder:
         self.absent: set[str] = set()  # missing data and options
         for name in {*args.weights, *args.preprocessing} - {*plan["networks"]}:
             raise UsageError(f"the plan has no {name}; its networks: {', '.join(plan['networks'])}")
+        for name in args.preprocessing.keys() - args.weights.keys():
+            raise UsageError(
+                f"--preprocessing {name} is of a file: give --weights {name}=FILE, too"
+            )
 
     def build(self, name: str) -> list[Step]:
         """Builds a step, once for each seed, after the steps that it needs."""
@@ -167,10 +172,19 @@ class Builder:
             raise UsageError(f"{name}: {PROGRAM} has no command {command}, see {PROGRAM} --help")
         stated = [args.preprocessing[n] for n in args.preprocessing if n in networks]
         given += [STATED[command], *stated] if stated else []
-        given += [word for word in args.set if OVERRIDDEN.get(command) == ("=" in word)]
+        own = [word for word in args.set if OVERRIDDEN.get(command) == ("=" in word)]
+        given += own
         values = [value for word in given for value in self._expand(word, node, seed)]
         named = [after.text for word, after in pairwise(values) if word.text == "--config-file"]
         configs = [find_config(config, TASKS.get(command, "")) for config in named]
+        if own:  # their keys and values
+            load_config = importlib.import_module(
+                f"resnet_backbone.{TASKS[command]}.config"
+            ).load_config
+            if command == "train-net":
+                load_config(str(*configs), own)
+            else:
+                load_config(configs, ["data.root=.", *own])
         depends = [key for path in configs for key in config_digests(path)]
         if args.datasets:
             depends += [self._folder(args.datasets / data).identity for data in node["datasets"]]
@@ -243,6 +257,11 @@ def build_steps(plan: dict[str, Any], args: argparse.Namespace) -> tuple[list[St
             builder.build(name)
     except RecursionError:
         raise UsageError("steps of the plan depend on one another in a circle") from None
+    trained = {step.words[0] for steps in builder.steps.values() for step in steps}
+    for command, has_sign in OVERRIDDEN.items():
+        words = [word for word in args.set if ("=" in word) == has_sign]
+        if words and command not in trained:
+            raise UsageError(f"--set {words[0]}: no step of this plan is a {command}")
     return [s for name in plan["steps"] for s in builder.steps.get(name, ())], builder.absent
 
 

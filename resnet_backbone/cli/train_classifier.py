@@ -52,6 +52,7 @@ MAY_CHANGE = (
     *("output.", "data.root", "data.val_root", "data.val_labels", "data.workers", "train.threads"),
     *("data.max_bad_images", "evaluation.max_bad_images", "evaluation.batch_size"),
     "model.weights",  # the checkpoint has taken their place
+    "train.recompute_bn",  # done after the last iteration
 )
 
 
@@ -64,7 +65,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--output-dir", type=os.path.expanduser, metavar="DIR", help=text)
     text = "continue from the run folder's newest checkpoint, with its config"
     add("--resume", action="store_true", help=text)
-    text = "evaluate the run's newest checkpoint, or model.weights=FILE; writes no file"
+    text = "evaluate model.weights=FILE, or the run's final or newest weights; writes no file"
     add("--eval-only", action="store_true", help=text)
     add_launch_arguments(parser)
     add("overrides", nargs="*", metavar="key=value", help="config overrides")

@@ -81,6 +81,20 @@ class StopRequest:
         return isinstance(error, WORKER_ENDED) and bool(self.name)
 
 
+def killed_worker(error: Exception, option: str) -> DataError | None:
+    """Returns the error to raise if a loader failed because a worker was killed, else None.
+
+    `option` is the setting of the number of workers.
+    """
+    ended = isinstance(error, (ConnectionError, EOFError))  # while the worker sent a tensor
+    if not ended and "DataLoader worker (pid" not in str(error):
+        return None
+    return DataError(
+        f"a worker of the loader was killed, perhaps because memory ran out: lower {option}, and "
+        "continue with --resume"
+    )
+
+
 def ignore_interrupts(worker: int) -> None:
     """A loader's ``worker_init_fn``: leaves a terminal's Ctrl-C to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

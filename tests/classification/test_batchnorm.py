@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from resnet_backbone.classification import batch_norm
-from resnet_backbone.classification.batch_norm import Moments, recompute_statistics
+from resnet_backbone.classification.batch_norm import Moments, TrainingImages, recompute_statistics
 from resnet_backbone.classification.data.sources import ArraySource, Batch, SampleStream
 from resnet_backbone.models import FrozenBatchNorm2d, build_model
 from resnet_backbone.runtime.errors import UsageError
@@ -138,6 +138,24 @@ def test_batches_of_the_trainer():
     pixels = (images.double() + shift.double()[:, :, None, None]).flip(1)
     expected = (pixels.mean((0, 2, 3)) - torch.tensor(mean)) / torch.tensor(std)
     torch.testing.assert_close(model[0].running_mean.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [9, 13])
+def test_one_image_is_not_normalized_alone(count):
+    """The last batch of 9, and the last micro-batch of 13, in a network whose map is 1x1."""
+
+    class Source:
+        num_samples = count
+
+        def batches(self, first):
+            while True:
+                yield Batch(torch.randint(0, 256, (8, 3, 1, 1), dtype=torch.uint8), torch.zeros(8))
+
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    normalizer = InputNormalizer(Preprocessing("RGB", 255.0, (0.0,) * 3, (1.0,) * 3))
+    images = TrainingImages(Source(), 0, 8, World())
+    report = recompute_statistics(model, images, normalizer, micro_batch=4)
+    assert report.num_images == count
 
 
 def test_wrong_use():

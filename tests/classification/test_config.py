@@ -190,3 +190,5 @@ def test_epochs_become_iterations():
     assert count_epochs(load_config(["imagenet/resnet50"], ["data.root=x"]), 1001) == ""
     with pytest.raises(UsageError, match="schedule.milestones is in iterations: give schedule.it"):
         load_config(["imagenet/resnet50"], [*words, "schedule.milestones=[200,300]"])
+    with pytest.raises(UsageError, match="schedule.scale and schedule.epochs: give one of them"):
+        load_config(["imagenet/resnet50"], [*words, "schedule.scale=0.5"])

@@ -92,6 +92,7 @@ def test_files_are_not_overwritten(tool, refusal, run):
         (["--run", ".", "--images", "-1"], "--images: at least 1"),
         (["--run", ".", "--output", "x.pth"], "--output x.pth: give a .safetensors file"),
         (["--run", ".", "train.batchsize=3"], "did you mean train.batch_size"),
+        (["--run", ".", "model.weights=x"], "give --weights FILE in place of model.weights"),
     ],
 )
 def test_wrong_input_is_one_line(refusal, run, monkeypatch, arguments, message):

@@ -113,9 +113,9 @@ def test_a_key_changes_with_what_a_step_depends_on_and_not_with_places(steps_of,
     assert changed(before, steps_of("mini", "--set", "SOLVER.MAX_ITER", 7)) == detectors
     pretrained = set(before) - {"data"}
     assert changed(before, steps_of("mini", "--set", "schedule.scale=0.5")) == pretrained
-    words = steps_of("mini", "--set", "schedule.scale=0.5", "A", "1")
+    words = steps_of("mini", "--set", "schedule.scale=0.5", "VERSION", "2")
     assert words["pretrain_VGG-16"].words[-1] == "schedule.scale=0.5"
-    assert words["detect_VGG-16_seed1"].words[-2:] == ("A", "1")
+    assert words["detect_VGG-16_seed1"].words[-2:] == ("VERSION", "2")
 
 
 def test_a_key_changes_with_a_config_and_with_those_it_builds_on(steps_of, tmp_path, monkeypatch):
@@ -220,6 +220,11 @@ def test_what_cannot_be_meant_is_refused(steps_of, tmp_path):
         (("paper",), {"imagenet": None}, "missing: --imagenet DIR"),
         (("paper",), {"imagenet": absent}, "missing: .*absent.pth .--plan"),
         (("voc07",), {}, "--weights ResNet-50=FILE, --weights VGG-16=FILE"),
+        (("voc07", "--plan", "--set", "schedule.scale=1"), {}, "scale=1: no step .* train-class"),
+        (("mini", "--preprocessing", "VGG-16=msra"), {}, "give --weights VGG-16=FILE, too"),
+        (("mini", "--set", "SOLVER.MAX_ITR", "8"), {}, "the nearest is SOLVER.MAX_ITER"),
+        (("mini", "--set", "SOLVER.MAX_ITER"), {}, "SOLVER.MAX_ITER has no value"),
+        (("mini", "--set", "schedule.scal=1"), {}, "did you mean schedule.scale"),
     ):
         kind = FileNotFoundError if message == "absent.pth" else UsageError
         with pytest.raises(kind, match=message):
@@ -335,7 +340,7 @@ def test_each_step_runs_once(project, steps_of):
     for _ in range(2):
         assert project.run() == 0
         assert project.ran == ALL
-    assert project.run(words=("--set", "SEED2", "1")) == 0
+    assert project.run(words=("--set", "VERSION", "2")) == 0
     assert project.ran[len(ALL) :] == ALL[-5:]
     step = steps_of()["bn_VGG-16"]
     content = json.loads((step.folder / "step.json").read_text())

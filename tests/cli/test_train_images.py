@@ -1,7 +1,9 @@
 """tools/train_classifier.py on image files: loader workers, bad images, means, kill and resume."""
 
+import json
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import numpy as np
 import pytest
 from drawn_images import fill
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from resnet_backbone.weights.reading import read_source
 
@@ -71,7 +75,7 @@ def test_a_killed_worker_costs_no_iteration(config, tmp_path):
     finally:
         kill(process)
     assert process.returncode == 2 and "Traceback" not in output, output
-    assert "worker" in output.splitlines()[-1] and reached(folder)
+    assert "a worker of the loader was killed" in output.splitlines()[-1] and reached(folder)
 
 
 def test_bad_images_are_reported_and_limited(config, uninterrupted, tmp_path):
@@ -80,6 +84,34 @@ def test_bad_images_are_reported_and_limited(config, uninterrupted, tmp_path):
     folder = ("--output-dir", tmp_path / "x")
     error = refused("--config-file", config, *SMALL, *folder, "data.max_bad_images=0")
     assert "data.max_bad_images" in error and "n02/3.JPEG" in error
+    assert json.loads((uninterrupted / "results.json").read_text())["bad_images"] == 1
+    assert "1 images were replaced by others: see" in (uninterrupted / "log.txt").read_text()
+
+
+def test_bad_images_of_the_validation_set_are_named(config, images, tmp_path):
+    val = tmp_path / "val"
+    shutil.copytree(images / "val", val)
+    (val / "n02" / "0.JPEG").write_bytes(b"no image")
+    words = ("--config-file", config, *SMALL, f"data.val_root={val}", "schedule.iterations=2")
+    error = refused(*words, "--output-dir", tmp_path / "x")
+    assert "n02/0.JPEG" in error and "evaluation.max_bad_images=N" in error
+    succeed(*words, "--output-dir", tmp_path / "run", "evaluation.max_bad_images=1")
+    assert "counts as wrong: " in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_the_written_interpolation_is_that_of_the_evaluation(config, uninterrupted, tmp_path):
+    """Not that of the weights that a training starts from."""
+    with safe_open(uninterrupted / "final.safetensors", "pt") as file:
+        facts = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    key = "resnet_backbone.preprocessing"
+    assert '"interpolation": "bilinear"' in facts[key]
+    facts[key] = facts[key].replace('"bilinear"', '"bicubic"')
+    save_file(tensors, tmp_path / "bicubic.safetensors", facts)
+    words = (*SMALL, "schedule.iterations=1", f"model.weights={tmp_path / 'bicubic.safetensors'}")
+    succeed("--config-file", config, *words, "--output-dir", tmp_path / "run")
+    found = read_source(tmp_path / "run" / "final.safetensors").preprocessing
+    assert found.interpolation == "bilinear"
 
 
 def test_data_that_fail_on_one_of_two_processes_end_both(config, tmp_path):

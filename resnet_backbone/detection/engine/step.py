@@ -19,15 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from resnet_backbone.detection.config import backbone_node, seed_of
 from resnet_backbone.detection.data.sampling import BatchPlan, TrainingLoader
 from resnet_backbone.models.layers import prelu_slopes
-from resnet_backbone.runtime.errors import DataError, TrainingDiverged, UsageError
+from resnet_backbone.runtime.errors import TrainingDiverged, UsageError
 from resnet_backbone.runtime.evaluation import moving_average
 from resnet_backbone.runtime.processes import STEP, seed_everything
-from resnet_backbone.runtime.signals import StopRequest
+from resnet_backbone.runtime.signals import StopRequest, killed_worker
 
 logger = logging.getLogger(__name__)
-WORKER_KILLED = """\
-a worker of the loader was killed, perhaps because memory ran out: lower DATALOADER.NUM_WORKERS, \
-and continue with --resume"""
 LOSS_NORMALIZER = "loss_normalizer"  # RetinaNet's and FCOS's moving average, which is no buffer
 
 
@@ -184,10 +181,7 @@ class TrainStep:
             return next(self._batches)
         except Exception as error:
             if not self.stop.explains(error):
-                ended = isinstance(error, (ConnectionError, EOFError))  # while it sent a tensor
-                if ended or "DataLoader worker (pid" in str(error):
-                    raise DataError(WORKER_KILLED) from error
-                raise
+                raise killed_worker(error, "DATALOADER.NUM_WORKERS") or error
             self._batches = self._start(iteration, part)
             return next(self._batches)
         finally:
