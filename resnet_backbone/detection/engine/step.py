@@ -181,7 +181,9 @@ class TrainStep:
             return next(self._batches)
         except Exception as error:
             if not self.stop.explains(error):
-                raise killed_worker(error, "DATALOADER.NUM_WORKERS") or error
+                if killed := killed_worker(error, "DATALOADER.NUM_WORKERS"):
+                    raise killed from error
+                raise
             self._batches = self._start(iteration, part)
             return next(self._batches)
         finally:
