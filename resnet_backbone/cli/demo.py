@@ -329,13 +329,16 @@ def main(argv: list[str] | None = None) -> None:
     for path in filter(None, [*outputs, args.sheet, args.json]):
         if Path(path).resolve() in read:
             raise UsageError(f"{path} is an input and would be overwritten; choose another output")
+    for path in filter(os.path.isdir, filter(None, (args.sheet, args.json))):
+        raise UsageError(f"{path} is a folder: give the path of a file")
     demo = Demo(build_predictor(args), args)
     with tqdm(total=len(inputs), unit="file", disable=None) as bar:
         for path, output in zip(inputs, outputs, strict=True):
             try:
                 bar.write(demo.run(path, output))
             except pictures.UnreadableError as error:
-                problems.append(str(error))
+                text = str(error)
+                problems.append(text if str(path) in text else f"{path}: {text}")
             bar.update()
     demo.write(problems)
     if len(inputs) > 1 and not any(image["detections"] for image in demo.images):

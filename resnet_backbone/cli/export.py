@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import warnings
 from functools import partial
@@ -88,6 +89,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--config-file", help="config of the detector that --weights belong to")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args(argv)
+    if args.input_type and not (args.with_normalization or args.config_file):
+        parser.error(f"--input-type {args.input_type} needs --with-normalization")
     if args.config_file and any(getattr(args, n) != parser.get_default(n) for n in OF_NETWORKS):
         parser.error("--config-file exports a detector: omit the network's options")
     if args.opts and not args.config_file:
@@ -132,6 +135,8 @@ def build_network(args: argparse.Namespace) -> tuple[StagedNetwork, Preprocessin
 
 def export_network(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     network, preprocessing, spec = build_network(args)
+    if preprocessing.channel_order and getattr(network, "in_channels", 3) != 3:
+        raise UsageError(f"{args.weights}: only networks of three channels are exported")
     images = read_images(args.images, args.longest_side)
     model: nn.Module = network
     normalize = InputNormalizer(preprocessing)
@@ -181,13 +186,30 @@ def export_detector(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     fixed = ["MODEL.WEIGHTS", args.weights, "MODEL.DEVICE", "cpu"]
     predictor = Predictor(load_config(args.config_file, [*switches_off(), *args.opts, *fixed]))
     cfg, detector = predictor.cfg, predictor.model
+    own, used = (c.RESNET_BACKBONE.TEST for c in (load_config(args.config_file, args.opts), cfg))
+    left_out = [f"RESNET_BACKBONE.TEST.{key} {own[key]}" for key in own if own[key] != used[key]]
+    for setting in left_out:
+        print(f"not exported: {setting}", file=sys.stderr)
     model = detectors.SingleImageDetector(detector).eval()
     flip = cfg.INPUT.FORMAT == "BGR"
     images = [image[0].float() for image in read_images(args.images, args.longest_side)]
     images = [image.flip(0) if flip else image for image in images]
     name = args.output.name
     detectors.export_torchscript(model, images[0], folder / f"{name}.ts")
-    detectors.export_onnx(model, images[0], folder / f"{name}.onnx")
+    about = {
+        "input": {
+            "layout": "CHW, one image",
+            "dtype": "float32",
+            "normalization": "in the graph",
+            "channel_order": cfg.INPUT.FORMAT,
+            "value_range": 255,
+            "shorter_side": cfg.INPUT.MIN_SIZE_TEST,
+            "longer_side_at_most": cfg.INPUT.MAX_SIZE_TEST,
+        },
+        "class_names": find_class_names(cfg),
+    }
+    metadata = {key: json.dumps(value) for key, value in about.items()}
+    detectors.export_onnx(model, images[0], folder / f"{name}.onnx", metadata)
     runners = {
         "ts": torch.jit.load(str(folder / f"{name}.ts")),
         "onnx": detectors.run_onnx(folder / f"{name}.onnx"),
@@ -200,16 +222,8 @@ def export_detector(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     differences["backbone.pt2"] = detectors.export_backbone(detector, path, images)
     return {
         "config_file": args.config_file,
-        "input": {
-            "layout": "CHW, one image",
-            "dtype": "float32",
-            "normalization": "in the graph",
-            "channel_order": cfg.INPUT.FORMAT,
-            "value_range": 255,
-            "shorter_side": cfg.INPUT.MIN_SIZE_TEST,
-            "longer_side_at_most": cfg.INPUT.MAX_SIZE_TEST,
-        },
-        "class_names": find_class_names(cfg),
+        "not_exported": left_out,
+        **about,
         "outputs": {name: DETECTOR_OUTPUTS.get(name, "") for name in model.names},
         "differences": differences,
     }

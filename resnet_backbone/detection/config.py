@@ -256,7 +256,7 @@ def _as_typed(cfg: CfgNode, overrides: Sequence[str]) -> Iterator[str]:
         node = cfg
         for name in key.split("."):
             node = node.get(name) if isinstance(node, CfgNode) else None
-        is_whole = re.fullmatch(r"[+-]?\d+", value)
+        is_whole = isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value)
         yield from (key, value + ".0" if is_whole and isinstance(node, float) else value)
 
 

@@ -165,15 +165,18 @@ class InferenceNetwork(nn.Module):
                 self.samples.append(x[:CALIBRATION_REGIONS].float())
             return cast(self.network(x), result)
         if self._run is None:
+            if self.asked != "eager":
+                self.network(x)  # wrong input raises here, and no engine is blamed
             self._run = self._start(x)
         if self.engine == "eager":
             return cast(self.network(x), result)
         try:
             return cast(self._run(x), result)
         except Exception as error:  # engines may raise anything, perhaps only at another size
+            found = self.network(x)  # wrong input raises, and the engine stays
             logger.warning("engine %s %s; PyTorch runs the network", self.engine, failure(error))
             self.engine, self._run = "eager", self.network.__call__
-            return cast(self.network(x), result)
+            return cast(found, result)
 
     def extra_repr(self) -> str:
         return f"{self.dtype}, engine={self.engine or self.asked}"

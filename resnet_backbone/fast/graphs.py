@@ -7,6 +7,7 @@ import importlib
 import io
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -109,7 +110,14 @@ def run_openvino(plain: GraphNetwork, graph: Any, dtype: torch.dtype) -> Run:
         "ENABLE_CPU_PINNING": False,  # several processes would share the first cores
     }
     compiled = openvino_core().compile_model(graph, "CPU", settings)
-    return lambda x: plain.rebuild(compiled(graph_input(x)).values())
+    local = threading.local()  # threads that share a request get each other's results
+
+    def run(x: Tensor) -> Any:
+        if not hasattr(local, "request"):
+            local.request = compiled.create_infer_request()
+        return plain.rebuild(local.request.infer(graph_input(x), share_inputs=True).values())
+
+    return run
 
 
 def build_onnxruntime(network: nn.Module, x: Tensor) -> Run:

@@ -277,6 +277,7 @@ class StagedNetwork(nn.Module):
             PReLU-nets round up in conv1 and down in pooling. BN-Inception rounds up, but down in
             the poolings of its stem.
         """
+        names = [names] if isinstance(names, str) else names
         wanted = set(self.stage_names if names is None else names)
         if not wanted <= set(self.stage_names):
             missing = sorted(wanted - set(self.stage_names))

@@ -51,7 +51,9 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.strerror:
+        name = os.path.basename(os.fsdecode(error.filename or ""))
+        is_temporary = name.startswith(f".{Path(path).name}.")
+        if (error.filename is None or is_temporary) and error.strerror:
             raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
         raise
     except RuntimeError as error:

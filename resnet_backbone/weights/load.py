@@ -200,7 +200,7 @@ def build_model(
     if "stride_in_1x1" in known and stride is not None:
         options.setdefault("stride_in_1x1", stride)
     stated = read.model.options if read.model else {}
-    options = {key: stated[key] for key in RATES if key in stated and key in known} | options
+    options = {key: value for key, value in stated.items() if key in known} | options
     network = fast.build_model(name, num_classes, **options)
     load_tensors(network, read, str(weights))
     network.preprocessing = read.preprocessing
@@ -235,6 +235,10 @@ def load_tensors(model: StagedNetwork, read: Weights | Checkpoint, where: str) -
             f"{where}: a {type(model).__name__} is not one of this package's networks: give the "
             "network itself (of DistributedDataParallel, its module)"
         )
+    if hasattr(model, "_orig_mod"):
+        raise WeightsError(f"{where}: load into the network before torch.compile")
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise WeightsError(f"{where}: the network is on the meta device: call to_empty() first")
     fitting = fitting_tensors(model, read.tensors, where)
     check_architecture(model, read.preprocessing, where)
     check_settings(model, read, where)

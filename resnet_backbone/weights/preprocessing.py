@@ -288,9 +288,12 @@ class InputNormalizer:
 
         Raises:
             TypeError: images of another type, such as floats in 0..1.
+            ValueError: images of another shape.
         """
         if images.dtype != torch.uint8:
             raise TypeError(f"expected images as bytes (torch.uint8, 0..255), not {images.dtype}")
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"expected RGB images (N, 3, H, W), not {tuple(images.shape)}")
         images = images.to(self.device, non_blocking=True)
         mean = self.mean
         if self.mean_image is not None and self.mean_image.shape[1:] == images.shape[2:]:

@@ -86,6 +86,10 @@ def test_rgb_detectors_get_rgb(tmp_path):
     predictor(np.full((96, 96, 3), (10, 20, 30), np.uint8))
     assert seen[0]["image"][:, 5, 5].tolist() == [30, 20, 10]
     assert not predictor.model.training
+    image = np.zeros((96, 96, 3), np.uint8)
+    for wrong in (image.astype("float32"), image[:, :, 0], image[:, :, :1], "photo.jpg"):
+        with pytest.raises(TypeError, match="expected an image as BGR, uint8, .H, W, 3., not "):
+            predictor(wrong)
 
 
 @pytest.mark.parametrize("pooler", ["ROIAlignV2", "ROIPool"])
@@ -209,14 +213,16 @@ def test_video(call, tmp_path):
 
 def test_unreadable_images_are_named_and_the_rest_is_done(call, photos, tmp_path):
     (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
+    Image.new("RGB", (9000, 1)).save(photos / "narrow.png")
     arguments = ("--output", tmp_path / "out", "--json", tmp_path / "a.json")
     status, _, errors = call("--input", photos, *arguments)
     assert status == 1
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["tall.jpg", "wide.png"]
     assert errors.count("broken.jpg: cannot be read") == 1
-    assert errors.splitlines()[-1] == "error: 1 of 3 inputs could not be read"
+    assert "narrow.png: an image of 9000 x 1 pixels is too narrow" in errors
+    assert errors.splitlines()[-1] == "error: 2 of 4 inputs could not be read"
     assert call("--input", photos / "broken.jpg", "--output", tmp_path / "one.png")[0] == 2
-    assert len(json.loads((tmp_path / "a.json").read_text())["unreadable"]) == 1
+    assert len(json.loads((tmp_path / "a.json").read_text())["unreadable"]) == 2
 
 
 def test_the_last_checkpoint_serves(run, call, photos, tmp_path):
@@ -270,6 +276,7 @@ def test_names_of_the_data_set_serve(run):
         (["--input", "{photos}/wide.png", "--output", "a.mp4"], ["an image gives an image"]),
         (["--input", "{photos}", "--output", "{photos}"], ["is an input"]),
         (["--input", "{photos}", "--sheet", "{photos}/wide.png"], ["is an input"]),
+        (["--input", "{photos}", "--json", "{empty}"], ["empty is a folder: give the path"]),
         (["--input", "{photos}", "--sheet", "sheet"], ["--sheet sheet", "sheet.png"]),
         (["--input", "{photos}"], ["no output: give"]),
         (["--output", "o"], ["no input: give --input or --web"]),

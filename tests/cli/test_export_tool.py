@@ -222,6 +222,7 @@ def test_errors_are_one_line(weights, photos, tmp_path, run, change, message):
         (["--config-file", "c.yaml", "--format", "onnx"], "exports a detector"),
         (["--config-file", "c.yaml", "--preprocessing", "msra"], "exports a detector"),
         (["--config-file", "c.yaml", "--input-type", "uint8"], "exports a detector"),
+        (["--input-type", "uint8"], "--input-type uint8 needs --with-normalization"),
         (["MODEL.MASK_ON", "True"], "belong to --config-file"),
         (["--longest-side", "0"], "at least 1"),
     ],

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -60,6 +61,27 @@ def test_other_inputs_of_an_engine(engine, dtype):
     assert_close(fast(images.to(memory_format=torch.channels_last)), unfolded(model, images))
     assert fast(images.double()).dtype == torch.float64
     assert fast(images[:0]).shape == (0, 5)
+
+
+@pytest.mark.parametrize("engine, dtype", RUNTIMES)
+def test_threads_get_their_own_results(engine, dtype):
+    fast = optimize_for_inference(network(num_classes=5), dtype=dtype, engine=engine)
+    images = torch.randn(4, 1, 3, 32, 32)
+    wanted = [fast(one) for one in images]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(5):
+            assert all(map(torch.equal, threads.map(fast, images), wanted))
+
+
+@pytest.mark.parametrize("engine, dtype", RUNTIMES)
+def test_wrong_input_leaves_an_engine_on(engine, dtype):
+    """Before it is built, and after."""
+    fast = optimize_for_inference(network(num_classes=5), dtype=dtype, engine=engine)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="channels"):
+            fast(torch.zeros(1, 1, 32, 32))
+        fast(torch.zeros(1, 3, 32, 32))
+        assert fast.engine == engine
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity on this system")

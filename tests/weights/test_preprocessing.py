@@ -94,6 +94,12 @@ def test_only_bytes_are_normalized(images):
         InputNormalizer(MSRA)(images)
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 8, 8, 3), (1, 4, 8, 8)])
+def test_images_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match="expected RGB images .N, 3, H, W., not "):
+        InputNormalizer(MSRA)(torch.zeros(shape, dtype=torch.uint8))
+
+
 def test_preprocessing_survives_json():
     for preprocessing in PREPROCESSINGS.values():
         assert Preprocessing.from_json(preprocessing.to_json()) == preprocessing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from detectron2.export.torchscript_patch import patch_builtin_len
@@ -63,14 +63,21 @@ def export_torchscript(model: SingleImageDetector, image: Tensor, path: str | os
     torch.jit.trace(model, (image,), check_trace=False).save(str(path))
 
 
-def export_onnx(model: SingleImageDetector, image: Tensor, path: str | os.PathLike) -> None:
+def export_onnx(
+    model: SingleImageDetector,
+    image: Tensor,
+    path: str | os.PathLike,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Writes the detector as ONNX with input ``image`` of any height and width.
+
+    The metadata are entries of the file's ``metadata_props``.
 
     It uses PyTorch's TorchScript-based exporter: ``torch.export`` fails in Detectron2's
     ``find_top_rpn_proposals``, where a Python ``if`` depends on a tensor's values.
     """
     try:
-        import onnx  # noqa: F401
+        import onnx
     except ImportError as error:
         raise UsageError("ONNX export needs: pip install onnx onnxscript") from error
     axes = {name: {0: "detections"} for name in model.names}
@@ -78,6 +85,10 @@ def export_onnx(model: SingleImageDetector, image: Tensor, path: str | os.PathLi
     names = dict(input_names=["image"], output_names=list(model.names), dynamic_axes=axes)
     options = dict(dynamo=False, opset_version=ONNX_OPSET)
     torch.onnx.export(model, (image,), str(path), **names, **options)
+    proto = onnx.load(str(path))
+    for key, value in (metadata or {}).items():
+        proto.metadata_props.add(key=key, value=value)
+    onnx.save(proto, str(path))
 
 
 def export_backbone(

@@ -39,7 +39,7 @@ from resnet_backbone.detection.inference.detector import (
     read_switches,
 )
 from resnet_backbone.detection.inference.member import Member
-from resnet_backbone.detection.inference.pictures import read_bgr
+from resnet_backbone.detection.inference.pictures import UnreadableError, read_bgr
 from resnet_backbone.detection.modeling import build_detector
 from resnet_backbone.detection.modeling.localization import LocalizationRCNN
 from resnet_backbone.fast import optimize_for_inference
@@ -79,12 +79,23 @@ class Predictor:
 
 
 def test_input(cfg: CfgNode, image: np.ndarray) -> dict:
-    """Returns the model input for an image, BGR, uint8, (H, W, 3), resized for testing."""
+    """Returns the model input for an image, BGR, uint8, (H, W, 3), resized for testing.
+
+    Raises:
+        TypeError: something else, such as floats or a path.
+        UnreadableError: the shorter side would have no pixel.
+    """
+    if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        found = getattr(image, "dtype", type(image).__name__), getattr(image, "shape", "")
+        raise TypeError(f"expected an image as BGR, uint8, (H, W, 3), not {found[0]} {found[1]}")
     height, width = image.shape[:2]
     if cfg.INPUT.FORMAT == "RGB":
         image = image[:, :, ::-1]
     resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
-    resized = resize.get_transform(image).apply_image(image)
+    transform = resize.get_transform(image)
+    if not min(transform.new_h, transform.new_w):
+        raise UnreadableError(f"an image of {width} x {height} pixels is too narrow to be resized")
+    resized = transform.apply_image(image)
     pixels = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))
     return {"image": pixels, "height": height, "width": width, "original": image}
 
