@@ -173,18 +173,20 @@ def read_flat_folder(
     """Lists a folder of images whose classes are in a file of ``name label`` lines.
 
     Args:
-        label_file: a line for each image; the label is a class name (wnid) or a class index.
+        label_file: a line for each image; the labels are class names (wnids), or class indices. A
+            number that is a class name is no index.
         classes, num_classes: see :func:`read_image_folder`.
 
     Raises:
-        DataError: a missing folder or file, an unreadable line, an unknown class, or an image that
-            is listed twice, missing or not listed.
+        DataError: a missing folder or file, an unreadable line, an unknown class, names and indices
+            in one file, or an image that is listed twice, missing or not listed.
     """
     root = _existing_folder(root)
     entries = _read_labels(label_file)
-    wnids = {label for label in entries.values() if not label.isdigit()}
+    used = set(entries.values())
     if classes is None:
-        classes = {name: index for index, name in enumerate(sorted(wnids))}
+        in_order = sorted(label for label in used if not label.isdecimal())
+        classes = {name: index for index, name in enumerate(in_order)}
     found, listed = set(list_images(root)), set(entries)
     if found != listed:
         odd = min(found ^ listed)
@@ -193,15 +195,20 @@ def read_flat_folder(
             f"{root} and {label_file} differ in {len(found ^ listed)} images; the first, {odd}, is "
             f"only {where}"
         )
-    unknown = wnids - set(classes)
-    if unknown:
+    numbers = {label for label in used - set(classes) if label.isdecimal()}
+    if unknown := used - set(classes) - numbers:
         raise DataError(
             f"{label_file}: {min(unknown)} is none of the {len(classes)} classes (of a list, the "
             "weights, or the training images), such as "
             f"{min(classes)}: name the classes alike, or number them"
         )
+    if numbers and numbers != used:
+        raise DataError(
+            f"{label_file}: {min(numbers)} is a class index, {min(used - numbers)} a class name: "
+            "write names for all images, or indices for all"
+        )
     names = sorted(entries)
-    labels = [int(entries[n]) if entries[n].isdigit() else classes[entries[n]] for n in names]
+    labels = [int(entries[name]) if numbers else classes[entries[name]] for name in names]
     known = name_classes(classes, num_classes) or name_classes({}, num_classes or max(labels) + 1)
     if max(labels) >= len(known):
         raise DataError(f"{label_file}: label {max(labels)}, but there are {len(known)} classes")

@@ -129,10 +129,19 @@ def test_flat_folder(flat, lines, text):
 
 
 def test_flat_folder_with_the_classes_of_training(flat, root, lines):
-    path = lines("v1.JPEG n03\nv2.JPEG n01\nv3.JPEG 1\n")
+    path = lines("v1.JPEG n03\nv2.JPEG n01\nv3.JPEG n02\n")
     val = imagenet.read_flat_folder(flat, path, {"n01": 0, "n02": 1, "n03": 2})
     assert val.labels.tolist() == [2, 0, 1]
     imagenet.check_same_classes(read_image_folder(root), val)
+
+
+def test_a_number_that_is_a_class_name_is_no_index(flat, lines):
+    classes = {name: index for index, name in enumerate(sorted(map(str, range(12))))}
+    for text, labels in (
+        ("v1.JPEG 10\nv2.JPEG 2\nv3.JPEG 1\n", [2, 4, 1]),
+        ("v1.JPEG 0\nv2.JPEG 0\nv3.JPEG 11\n", [0, 0, 3]),
+    ):
+        assert imagenet.read_flat_folder(flat, lines(text), classes).labels.tolist() == labels
 
 
 @pytest.mark.parametrize(
@@ -145,6 +154,7 @@ def test_flat_folder_with_the_classes_of_training(flat, root, lines):
         ("v1.JPEG n01\n", "differ in 2 images; the first, v2.JPEG, is only in .*val"),
         ("v1.JPEG 0\nv2.JPEG 0\nv3.JPEG 0\nv4.JPEG 0\n", "v4.JPEG, is only listed in .*lines"),
         ("v1.JPEG n01\nv2.JPEG n09\nv3.JPEG n01\n", "n09 is none of the 3 classes"),
+        ("v1.JPEG n01\nv2.JPEG 1\nv3.JPEG n02\n", "1 is a class index, n01 a class name"),
         ("v1.JPEG 0\nv2.JPEG 3\nv3.JPEG 0\n", "label 3, but there are 3 classes"),
     ],
 )
