@@ -257,7 +257,8 @@ def read_data(
         if num_classes != len(CIFAR10_CLASSES):
             raise UsageError(f"the network has {num_classes} classes, but CIFAR-10 has 10")
         return EvaluationArrays(*read_cifar10(args.cifar10, train=False)), CIFAR10_CLASSES
-    classes = imagenet.read_class_list(args.class_list) if args.class_list else None
+    folder, listed = args.imagenet_folder or args.flat, args.class_list
+    classes = imagenet.read_class_list(listed, folder, args.labels) if listed else None
     in_weights = {tuple(networks.read_class_names(path)) for path in args.weights} - {()}
     if classes is None and len(in_weights) > 1:
         raise UsageError("these weights name different classes, or orders: give --class-list FILE")
@@ -268,11 +269,10 @@ def read_data(
         images = EvaluationFiles(samples, *protocol.loading)  # no labels
         return images, imagenet.name_classes(classes or {}, num_classes)
     if args.imagenet_folder:
-        wanted = num_classes if classes else 0
-        files = imagenet.read_image_folder(args.imagenet_folder, classes, wanted)
+        files = imagenet.read_image_folder(folder, classes, num_classes if classes else 0)
         known = len(files.class_names)
     else:
-        files = imagenet.read_flat_folder(args.flat, args.labels, classes, num_classes)
+        files = imagenet.read_flat_folder(folder, args.labels, classes, num_classes)
         named = [name for name in files.class_names if not name.startswith("class ")]
         known = len(named) or num_classes  # indices need no names
     if not classes and known != num_classes:

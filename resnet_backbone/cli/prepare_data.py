@@ -255,11 +255,12 @@ def add_shards_options(parser: argparse.ArgumentParser) -> None:
     index = commands.add_parser("index", help="write the index of existing shards")
     index.add_argument("folder", help="local folder of *.tar")
     for command in (write, index):
-        command.add_argument("--class-list", help="file of 'wnid index' lines, or of wnids")
+        command.add_argument("--class-list", help="file of 'class index' lines, or of wnids")
 
 
 def make_shards(args: argparse.Namespace) -> None:
-    classes = imagenet.read_class_list(args.class_list) if args.class_list else None
+    data = (args.images, args.labels) if args.command == "write" else ()
+    classes = imagenet.read_class_list(args.class_list, *data) if args.class_list else None
     if args.command == "index":
         archives.index_shards(args.folder, imagenet.name_classes(classes or {}))
         return

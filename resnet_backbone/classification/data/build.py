@@ -180,9 +180,10 @@ def read_training_set(data: DataConfig) -> EncodedDataset:
     """Reads ``root/train/<class>/<image>``, ``root/<class>/<image>``, or shards in ``root``."""
     if data.format == "shards":
         return TarShards(data.root)
-    classes = read_class_list(data.class_list) if data.class_list else None
-    root = Path(data.root)
-    return read_image_folder(root / "train" if (root / "train").is_dir() else root, classes)
+    train = Path(data.root) / "train"
+    root = train if train.is_dir() else data.root
+    classes = read_class_list(data.class_list, root) if data.class_list else None
+    return read_image_folder(root, classes)
 
 
 def read_validation_set(data: DataConfig, train: EncodedDataset) -> ImageFiles:

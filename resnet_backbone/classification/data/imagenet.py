@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,11 @@ from resnet_backbone.runtime.images import EXTENSIONS, BadImage, read_bytes
 from resnet_backbone.weights.preprocessing import one_line
 
 INDEX_NAME = "index.npz"
+# lines of class lists, with or without an index: a whole name; a word before a description
+NAME, WORD = re.compile(r"(.+?)(?:\s+(\d+))?$"), re.compile(r"(\S+)(?:\s+(\d+)(?!\S))?")
+WNID = re.compile(r"n\d+")
+# a line of a label list, whose image has one of the known extensions
+LABELED = re.compile(rf"(.*({'|'.join(map(re.escape, EXTENSIONS))}))\s+(.+)", re.IGNORECASE)
 
 
 class EncodedSample(NamedTuple):
@@ -144,7 +150,7 @@ def read_image_folder(
             ``classes``.
     """
     root = _existing_folder(root)
-    folders = sorted(path.name for path in root.glob("[!.]*") if path.is_dir())
+    folders = class_folders(root)
     if not folders:
         raise DataError(
             f"{root} has no class folders: ROOT/<class>/<image> is expected; for a flat folder "
@@ -162,6 +168,11 @@ def read_image_folder(
         names += [os.path.join(folder, file) for file in files]
         labels += [classes[folder]] * len(files)
     return ImageFiles(root, names, labels, name_classes(classes, num_classes))
+
+
+def class_folders(root: str | os.PathLike) -> list[str]:
+    """Returns the sorted names of the folders in ``root``, without hidden ones; none for ""."""
+    return sorted(path.name for path in Path(root).glob("[!.]*") if root and path.is_dir())
 
 
 def read_flat_folder(
@@ -215,21 +226,46 @@ def read_flat_folder(
     return ImageFiles(root, names, labels, known)
 
 
-def read_class_list(path: str | os.PathLike) -> dict[str, int]:
-    """Reads class name -> index from lines of ``wnid index``, or of a wnid (counted from 0).
+def read_class_list(
+    path: str | os.PathLike,
+    root: str | os.PathLike | None = None,
+    label_file: str | os.PathLike | None = None,
+) -> dict[str, int]:
+    """Reads class name -> index from lines of ``class index``, or of a class (counted from 0).
 
-    The rest of a line, such as a readable name, is ignored. So the usual
-    ``LOC_synset_mapping.txt`` can be read.
+    A name may have spaces. What follows a wnid, or a word that is a class of the data, is ignored.
+    So the usual ``LOC_synset_mapping.txt`` can be read.
+
+    Args:
+        root, label_file: the data, if known: class folders, or a flat folder and its labels.
+
+    Raises:
+        DataError: a missing file, unclear lines, or a class or an index that is listed twice.
     """
-    lines = [line.split() for line in read_lines(path)]
-    numbered = [len(words) > 1 and words[1].isdigit() for words in lines]
-    if not lines or any(numbered) != all(numbered):
-        raise DataError(f"{path}: write 'wnid index' on every line, or only a wnid on every line")
-    indices = [int(words[1]) if numbered[0] else i for i, words in enumerate(lines)]
-    classes = {words[0]: index for words, index in zip(lines, indices, strict=True)}
-    if len(classes) != len(lines) or len(set(indices)) != len(lines):
+    used = set(_read_labels(label_file).values() if label_file else class_folders(root or ""))
+    lines = read_lines(path)
+    whole, first = ([form.match(line).groups() for line in lines] for form in (NAME, WORD))
+    if whole == first or all(WNID.fullmatch(word) for word, _ in first):
+        rows = first
+    else:
+        rows = next((rows for rows in (whole, first) if _is_certain(rows, used)), ())
+    numbered = [number is not None for _, number in rows]
+    if not rows or any(numbered) != all(numbered):
+        raise DataError(
+            f"{path}: write 'class index' on every line, or only a class, of one word, on every "
+            "line"
+        )
+    indices = [int(number) if number else i for i, (_, number) in enumerate(rows)]
+    classes = {name: index for (name, _), index in zip(rows, indices, strict=True)}
+    if len(classes) != len(rows) or len(set(indices)) != len(rows):
         raise DataError(f"{path}: a class or an index is listed twice")
     return classes
+
+
+def _is_certain(rows: Sequence[tuple[str, str | None]], used: set[str]) -> bool:
+    """Returns whether a class list is read rightly: it names the data's classes, or has indices."""
+    names = {name for name, _ in rows}
+    return (bool(used) and used <= names) or all(number for _, number in rows)
 
 
 def check_same_classes(train: ImageFiles, val: ImageFiles) -> None:
@@ -298,10 +334,11 @@ def _read_labels(path: str | os.PathLike) -> dict[str, str]:
         )
     entries: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
-        name, *label = line.rsplit(maxsplit=1)
-        if not label:
-            raise DataError(f"{path}: line {number} is not 'name label': {line!r}")
+        found = LABELED.fullmatch(line)
+        if not found:
+            raise DataError(f"{path}: line {number} is not 'image label', as 'a.jpg cat': {line!r}")
+        name, _, label = found.groups()
         if name in entries:
             raise DataError(f"{path}: {name} is listed twice")
-        entries[name] = label[0]
+        entries[name] = label
     return entries

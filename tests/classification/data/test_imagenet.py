@@ -96,7 +96,35 @@ def test_class_lists(lines, text):
     assert imagenet.read_class_list(lines(text))["n03"] == 2
 
 
-@pytest.mark.parametrize("text", ["", "n01 0\nn02\n", "n01 0\nn02 0\n", "n01\nn01\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tabby cat 1\ngolden retriever 0\n",
+        "golden retriever\ntabby cat\n",
+        "golden retriever\t0 \ntabby cat\t1\n",
+    ],
+)
+def test_class_lists_of_names_with_spaces(tmp_path, lines, text):
+    expected = {"golden retriever": 0, "tabby cat": 1}
+    for name in expected:
+        save(tmp_path / "pets" / name / "a.png")
+    assert imagenet.read_class_list(lines(text), tmp_path / "pets") == expected
+
+
+def test_class_lists_with_descriptions(flat, lines):
+    text = "v1.JPEG golden retriever\nv2.JPEG\ttabby\nv3.JPEG tabby\n"
+    labels = lines(text).rename(flat.with_name("labels.txt"))
+    assert imagenet.read_flat_folder(flat, labels).class_names == ("golden retriever", "tabby")
+    labels.write_text(text.replace(" retriever", ""))
+    for text in ("tabby felis catus\ngolden canis\n", "golden 1 canis\ntabby 0 felis catus\n"):
+        found = imagenet.read_class_list(lines(text), flat, labels)
+        assert found == {"tabby": 0, "golden": 1}
+    assert imagenet.read_class_list(lines("n01 Boeing 747\n")) == {"n01": 0}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "n01 0\nn02\n", "n01 0\nn02 0\n", "n01\nn01\n", "tabby cat\ngolden hamster\n"]
+)
 def test_unclear_class_lists_are_refused(lines, text):
     with pytest.raises(DataError, match="lines.txt"):
         imagenet.read_class_list(lines(text))
@@ -149,7 +177,7 @@ def test_a_number_that_is_a_class_name_is_no_index(flat, lines):
     [
         ("490\n361\n171\n", "prepare-data imagenet --devkit"),
         ("", "empty"),
-        ("v1.JPEG n01\nv2.JPEG\nv3.JPEG n01\n", "line 2"),
+        ("v1.JPEG n01\nv2.JPEG\nv3.JPEG n01\n", "line 2 is not 'image label'"),
         ("v1.JPEG n01\nv1.JPEG n02\n", "twice"),
         ("v1.JPEG n01\n", "differ in 2 images; the first, v2.JPEG, is only in .*val"),
         ("v1.JPEG 0\nv2.JPEG 0\nv3.JPEG 0\nv4.JPEG 0\n", "v4.JPEG, is only listed in .*lines"),
