@@ -11,6 +11,7 @@ import argparse
 import logging
 import sys
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -260,10 +261,16 @@ def read_data(
     folder, listed = args.imagenet_folder or args.flat, args.class_list
     classes = imagenet.read_class_list(listed, folder, args.labels) if listed else None
     in_weights = {tuple(networks.read_class_names(path)) for path in args.weights} - {()}
+    for index, name in chain.from_iterable(map(enumerate, in_weights)):
+        if classes and classes.get(name, index) != index:
+            raise UsageError(
+                f"{listed}: {name} has index {classes[name]}, but {index} in the weights: correct "
+                "the list, or omit --class-list"
+            )
     if classes is None and len(in_weights) > 1:
         raise UsageError("these weights name different classes, or orders: give --class-list FILE")
-    if classes is None and in_weights and len(names := in_weights.pop()) == num_classes:
-        classes = dict(zip(names, range(num_classes), strict=True))
+    if classes is None and in_weights and len(names := in_weights.pop()) <= num_classes:
+        classes = {name: index for index, name in enumerate(names)}
     if args.predict:
         samples = [(path.absolute(), 0) for path in find_pictures(args.predict, "--predict")]
         images = EvaluationFiles(samples, *protocol.loading)  # no labels
@@ -310,6 +317,8 @@ def show_predictions(args: argparse.Namespace, images, names, result: Evaluation
     for _, image, *best in rows[1:]:
         pairs = zip(best[1::3], best[2::3], strict=True)
         print(f"{image}: " + ", ".join(f"{name} {float(score):.3f}" for name, score in pairs))
+    for one in result.bad:
+        print(f"{one.name}: cannot be read: {one.reason}", file=sys.stderr)
     if args.output:
         path = Path(args.output) / evaluations.PREDICTIONS
         evaluations.write_csv(path, rows)

@@ -60,6 +60,7 @@ def files(tmp_path_factory):
     (root / "labels.txt").write_text("".join(lines))
     (root / "numbers.txt").write_text("".join(line.replace("n0", "") for line in lines))
     (root / "classes.txt").write_text("n01 5\nn02 0\nn03 7\n")
+    (root / "eight.txt").write_text("n01 0\nn02 1\nn03 2\n")
     (root / "beyond.txt").write_text("n01 5\nn02 0\nn03 8\n")
     return root
 
@@ -326,7 +327,7 @@ def test_the_papers_weights(data_root, tmp_path, pool, top1, top5):
     assert abs(100 - found["top5_error"] - top5) <= 0.4
 
 
-def test_weights_say_their_sizes_and_classes(files, tmp_path, capsys):
+def test_weights_say_their_sizes_and_classes(files, tmp_path, capsys, refusal):
     """Here the data's classes are in another order than the network's."""
     model, spec = network(0, 3)
     mean = torch.full((3, 32, 32), 110.0)
@@ -340,6 +341,9 @@ def test_weights_say_their_sizes_and_classes(files, tmp_path, capsys):
         numbers = {row["label_name"]: row["label"] for row in rows}
         assert numbers == {"n03": "0", "n01": "1", "n02": "2"}
         assert found["protocol"] == Center(36, 32).settings()
+    (tmp_path / "list.txt").write_text("n01 0\nn02 2\nn03 1\n")
+    error = refusal(main, *weights, *data, "--class-list", tmp_path / "list.txt", *SMALL)
+    assert re.search("list.txt: n0[13] has index [01], but [01] in the weights", error)
     capsys.readouterr()
     main([*weights, "--predict", str(files / "flat"), *SMALL, "--output", str(tmp_path / "p")])
     lines, again = capsys.readouterr().out.splitlines(), table(tmp_path / "p" / "predictions.csv")
@@ -348,3 +352,23 @@ def test_weights_say_their_sizes_and_classes(files, tmp_path, capsys):
     best = {Path(row["image"]).name: (row["name1"], row["score1"]) for row in rows}
     assert {Path(row["image"]).name: (row["name1"], row["score1"]) for row in again} == best
     assert f"{again[0]['name1']} {float(again[0]['score1']):.3f}" in lines[1]
+
+
+def test_networks_of_more_outputs_than_names(files, tmp_path, capsys):
+    """As with model.num_classes=8 in the trainer; an unreadable image to predict is named."""
+    model, spec = network(2, 8)
+    names = ("n01", "n02", "n03")
+    save_network(tmp_path / "w.safetensors", model, spec, GREY, class_names=names)
+    weights = ["--weights", str(tmp_path / "w.safetensors")]
+    data = ("--imagenet-folder", files / "val")
+    found = results(tmp_path, *weights, *data)
+    same = ("--weights", files / "eight.safetensors", "--class-list", files / "eight.txt")
+    wanted = results(tmp_path / "x", *same, *data)
+    assert found["top1_error"] == wanted["top1_error"]
+    shutil.copytree(files / "flat", tmp_path / "new")
+    (tmp_path / "new" / "0.png").write_bytes(b"no image")
+    capsys.readouterr()
+    main([*weights, "--predict", str(tmp_path / "new"), *SMALL, "--max-bad-images", "1"])
+    out, errors = capsys.readouterr()
+    assert "class 7" in out or "n01" in out
+    assert "new/0.png: cannot be read: " in errors
