@@ -52,7 +52,7 @@ CHANGES = "Errors minus those of {first}, image by image:"
 SHOWN, COLUMNS, TILE = 12, 4, 360  # images on the sheet, in a row, largest side in pixels
 GREEN, ORANGE = (0.24, 0.86, 0.24), (0.9, 0.47, 0.08)
 PICTURE = """\
-Every {step}th image with the box of its true class, by {name}: objects in green, the box in \
+One in {step} images, with the box of its true class by {name}: objects in green, the box in \
 orange. Beside the class: the score, and the overlap with the best object."""
 OTHER_IMAGES = "Ours are of other images than the paper's, so the two do not compare."
 
