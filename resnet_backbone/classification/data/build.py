@@ -159,6 +159,11 @@ def _encoded(config: Config, folder: Path, world: World, protocol: Protocol) -> 
     """Builds ImageNet-sized data: class folders, a flat validation folder, tar shards."""
     data = config.data
     train = read_training_set(data)
+    if len(train.class_names) == 1:
+        raise DataError(
+            f"{data.root} has a single class, {train.class_names[0]}: data.root is the folder of "
+            "the class folders, or of train"
+        )
     val = read_validation_set(data, train)
     groups = train.group_sizes if isinstance(train, TarShards) else ()
     report = BadImageReport(folder / BAD_IMAGES, data.max_bad_images)

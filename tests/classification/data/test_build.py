@@ -36,6 +36,13 @@ def mean_of(root, run, world=None):
     return found.preprocessing
 
 
+def test_a_single_class_is_refused(tmp_path):
+    """As where an archive was unpacked into a folder of its own name."""
+    fill(tmp_path / "set" / "train" / "train", count=2)
+    with pytest.raises(DataError, match="set has a single class, train: data.root is the folder"):
+        mean_of(tmp_path / "set", tmp_path / "run")
+
+
 def test_the_mean_is_kept_with_the_run(make_set, tmp_path, monkeypatch):
     root, run = make_set("set"), tmp_path / "run"
     first = mean_of(root, run)
