@@ -55,7 +55,7 @@ from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.images import EXTENSIONS
 
-WRITTEN = tuple(one for one in EXTENSIONS if one not in (".gif", ".pgm", ".pbm"))  # in color
+WRITTEN = tuple(one for one in EXTENSIONS if one not in (".avif", ".gif", ".pgm", ".pbm"))
 COLUMNS = ["class", "score", "x0", "y0", "x1", "y1"]  # of the page's table
 LEAST = 0.05  # lowest score of the detector, as in evaluations
 SCORES = (  # keys that --confidence sets

@@ -23,6 +23,22 @@ NO_FOLDERS = (errno.EINVAL, errno.EBADF, errno.EISDIR, errno.EACCES, errno.ENOTS
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of file systems without locks
 
 
+def names_below(folder: str | os.PathLike, *suffixes: str) -> Iterator[str]:
+    """Yields the names of files below a folder, relative to it, sorted in each folder.
+
+    Hidden files and folders are left out, and symbolic links are followed.
+
+    Args:
+        suffixes: of file names, in lower case; files may have them in any case.
+    """
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = os.path.relpath(place, folder)
+        for name in sorted(files):
+            if name.lower().endswith(suffixes) and not name.startswith("."):
+                yield name if inside == "." else os.path.join(inside, name)
+
+
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """Writes a file or a folder atomically.

@@ -17,7 +17,11 @@ import simplejpeg
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
-EXTENSIONS = tuple(".jpg .jpeg .jpe .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .pbm".split())
+from resnet_backbone.runtime.files import names_below
+
+EXTENSIONS = tuple(
+    ".jpg .jpeg .jpe .jfif .png .bmp .gif .tif .tiff .webp .avif .ppm .pgm .pbm".split()
+)
 EXIF_ORIENTATION = 0x0112
 BITS_PER_SAMPLE = 258  # a tag of TIFF
 ORIENTATION_TAGS = (b"\x01\x12", b"\x12\x01", b"Orientation")  # EXIF of both byte orders, XMP
@@ -47,16 +51,25 @@ class Decoded(NamedTuple):
 
 
 def find_pictures(paths: Sequence[str | Path], option: str = "--images") -> list[Path]:
-    """Returns the given files, and for a folder all images below it, sorted by name."""
+    """Returns the given files, and for a folder all images below it, see :func:`list_images`."""
     found: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"{option} {path}: no such file or folder")
-        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found += [file for file in inside if file == path or file.suffix.lower() in EXTENSIONS]
+        found += [path / name for name in list_images(path)] if path.is_dir() else [path]
     if not found:
         raise ValueError(f"{option} {' '.join(map(str, paths))}: no images found")
     return found
+
+
+def list_images(folder: str | os.PathLike) -> list[str]:
+    """Returns the sorted names of the images below a folder, relative to it; not hidden ones."""
+    return sorted(names_below(folder, *EXTENSIONS))
+
+
+def is_image(name: str) -> bool:
+    """Returns whether a file name has an image's extension and is not hidden."""
+    return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
 
 
 def spread(files: list[Path], count: int) -> list[Path]:

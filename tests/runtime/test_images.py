@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from resnet_backbone.detection.data.problems import files_below
 from resnet_backbone.runtime import images as module
 from resnet_backbone.runtime.images import BadImage, EncodedImage, decode, is_plain_jpeg
 
@@ -260,3 +261,20 @@ def test_nothing_is_written_to_standard_error(capfd):
     with pytest.raises(BadImage):
         EncodedImage(JPEG[:500]).region(0, 0, 8, 8)
     assert capfd.readouterr().err == ""
+
+
+def test_a_folders_images_are_the_same_for_every_reader(tmp_path):
+    """Prediction, calibration, training, and own data list them by one function each."""
+    folder, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    for name in ("b.JPG", "a/c.png", ".hidden.jpg", ".ipynb_checkpoints/b.jpg", "notes.txt"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (folder / "folder.jpg").mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "d.avif").touch()
+    (folder / "linked").symlink_to(elsewhere)
+    expected = ["a/c.png", "b.JPG", "linked/d.avif"]
+    assert module.list_images(folder) == expected
+    assert module.find_pictures([folder]) == [folder / name for name in expected]
+    assert sorted(files_below(folder, *module.EXTENSIONS)) == [folder / name for name in expected]

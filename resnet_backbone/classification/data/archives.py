@@ -19,7 +19,6 @@ from tqdm import tqdm
 from resnet_backbone.classification.data.imagenet import (
     INDEX_NAME,
     ImageFiles,
-    is_image,
     read_flat_folder,
     read_image_folder,
     read_lines,
@@ -27,6 +26,7 @@ from resnet_backbone.classification.data.imagenet import (
 from resnet_backbone.classification.data.loader import BadImageReport, inspect_file
 from resnet_backbone.runtime.errors import SYSTEM_ERRORS, DataError
 from resnet_backbone.runtime.files import naming, whole_file
+from resnet_backbone.runtime.images import is_image
 
 TRAIN_IMAGES, VAL_IMAGES, CLASSES = 1_281_167, 50_000, 1000  # arXiv 1409.0575, table 2
 USUAL = {TRAIN_IMAGES: (732, 1300), VAL_IMAGES: (50, 50)}  # images per class, same table

@@ -13,7 +13,7 @@ import fsspec
 import numpy as np
 
 from resnet_backbone.runtime.errors import DataError
-from resnet_backbone.runtime.images import EXTENSIONS, BadImage, read_bytes
+from resnet_backbone.runtime.images import EXTENSIONS, BadImage, list_images, read_bytes
 from resnet_backbone.weights.preprocessing import one_line
 
 INDEX_NAME = "index.npz"
@@ -276,21 +276,6 @@ def check_same_classes(train: ImageFiles, val: ImageFiles) -> None:
             f"training ({train.root}) and validation ({val.root}) need the same classes, or one "
             f"class list; only one of them has {', '.join(odd[:3])}"
         )
-
-
-def list_images(folder: Path) -> list[str]:
-    """Returns the sorted paths of the image files below a folder, without hidden ones."""
-    found = []
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = "" if place == str(folder) else os.path.relpath(place, folder)
-        found += [os.path.join(inside, name) for name in files if is_image(name)]
-    return sorted(found)
-
-
-def is_image(name: str) -> bool:
-    """Returns whether a file name has an image's extension and is not hidden."""
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def name_classes(classes: Mapping[str, int], num_classes: int = 0) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from detectron2.data import detection_utils as utils
 from PIL import ExifTags, Image
 
 from resnet_backbone.runtime.errors import DataError, UsageError
+from resnet_backbone.runtime.files import names_below
 from resnet_backbone.runtime.images import BadImage, read_rgb
 
 logger = logging.getLogger(__name__)
@@ -277,12 +278,8 @@ def stamp_of(path: str) -> Stamp:
 
 
 def files_below(folder: Path, *suffixes: str) -> Iterator[Path]:
-    """Yields files below a folder with one of these suffixes in any case, sorted by name."""
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
-        for name in sorted(names):
-            if name.lower().endswith(suffixes) and not name.startswith("."):
-                yield Path(place, name)
+    """Yields the files below a folder, see :func:`~resnet_backbone.runtime.files.names_below`."""
+    return (folder / name for name in names_below(folder, *suffixes))
 
 
 @contextmanager

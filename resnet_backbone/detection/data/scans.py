@@ -196,7 +196,8 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
 def code_digest() -> str:
     """Returns a digest of our code and Pillow's version, on which scans depend."""
     digest = hashlib.sha256(f"{resnet_backbone.__version__} {PIL.__version__}".encode())
-    for file in [*sorted(Path(__file__).parent.rglob("*.py")), PACKAGE / "runtime/images.py"]:
+    runtime = [PACKAGE / "runtime/files.py", PACKAGE / "runtime/images.py"]
+    for file in [*sorted(Path(__file__).parent.rglob("*.py")), *runtime]:
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
