@@ -228,7 +228,7 @@ def write_shards(
     """Writes a data set as tar shards in WebDataset's layout, and their index.
 
     Args:
-        folder: a new or empty local folder.
+        folder: a new or empty local folder, which is empty until all is written.
         seed: of the random order of samples; None keeps the data set's order.
 
     Raises:
@@ -246,13 +246,16 @@ def write_shards(
     order = np.arange(len(dataset))
     if seed is not None:
         order = np.random.default_rng(seed).permutation(order)
-    pattern = os.path.join(str(folder).replace("%", "%%"), SHARD_PATTERN)
-    with ShardWriter(pattern, maxcount=samples_per_shard, maxsize=1e12, verbose=0) as writer:
-        for place, index in enumerate(tqdm(order, desc="images", unit="img")):
-            data, label, name = dataset[int(index)]
-            extension = os.path.splitext(name)[1].lstrip(".").lower()
-            writer.write({"__key__": f"{place:09d}", extension: data, "cls": str(label).encode()})
-    index_shards(folder, dataset.class_names)
+    with whole_file(folder) as partial:
+        partial.mkdir()
+        pattern = os.path.join(str(partial).replace("%", "%%"), SHARD_PATTERN)
+        with ShardWriter(pattern, maxcount=samples_per_shard, maxsize=1e12, verbose=0) as writer:
+            for place, index in enumerate(tqdm(order, desc="images", unit="img")):
+                data, label, name = dataset[int(index)]
+                extension = os.path.splitext(name)[1].lstrip(".").lower()
+                sample = {extension: data, "cls": str(label).encode()}
+                writer.write({"__key__": f"{place:09d}", **sample})
+        index_shards(partial, dataset.class_names)
 
 
 def index_shards(folder: str | os.PathLike, class_names: Sequence[str] = ()) -> None:

@@ -1,6 +1,8 @@
 """Class folders, flat folders with a label list, and tar shards, here and on other file systems."""
 
+import os
 import pickle
+import re
 import shutil
 from itertools import islice
 
@@ -334,3 +336,13 @@ def test_damaged_shards_and_indices_are_told(shards, folder, tmp_path):
     write_tar(tmp_path / "x.tar", ("s1", {"jpg": b"x", "cls": "0"}), ("s2", {"jpg": b"x"}))
     with pytest.raises(DataError, match="needs <key>.*s2"):
         index_shards(tmp_path)
+
+
+def test_interrupted_shards_leave_nothing_behind(tmp_path):
+    pytest.importorskip("webdataset")
+    dataset = read_image_folder(fill(tmp_path / "images", count=2, size=(30, 40)))
+    os.remove(dataset.name(3))
+    with pytest.raises(BadImage, match=re.escape(dataset.name(3))):
+        write_shards(dataset, tmp_path / "shards", samples_per_shard=1, seed=None)
+    assert not list((tmp_path / "shards").iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"images", "shards"}
