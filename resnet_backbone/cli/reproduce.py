@@ -32,6 +32,7 @@ PLANS = config_folder() / "reproduction"
 START = [sys.executable, "-m", "resnet_backbone.cli"]  # a command, of this installation
 DONE = "step.json"  # written to a step's folder after its command
 BRACES = re.compile(r"\{([^{}]+)\}")
+FILLED = re.compile(r"([\w.]+)[ =\"'\[]+\{")  # a key whose value a plan fills in
 PLAN = dict(title=None, steps=None, networks={}, seeds=[1], words={}, note="", _BASE_="")
 STEP = dict(command=None, makes=None, datasets=[], seeds=False, batch=0, hours=0, gpu="", basis="")
 STEP |= dict(published="", goal=False)  # keys with defaults, like PLAN; None: required
@@ -257,6 +258,11 @@ def build_steps(plan: dict[str, Any], args: argparse.Namespace) -> tuple[list[St
             builder.build(name)
     except RecursionError:
         raise UsageError("steps of the plan depend on one another in a circle") from None
+    texts = [*plan["words"].values(), *(step["command"] for step in plan["steps"].values())]
+    filled = set(FILLED.findall(" ".join(texts)))
+    for key in (word.partition("=")[0] for word in args.set):
+        if key in filled:
+            raise UsageError(f"--set {key}: the plan sets it, seeds from --seeds")
     trained = {step.words[0] for steps in builder.steps.values() for step in steps}
     for command, has_sign in OVERRIDDEN.items():
         words = [word for word in args.set if ("=" in word) == has_sign]

@@ -224,6 +224,7 @@ def test_what_cannot_be_meant_is_refused(steps_of, tmp_path):
         (("mini", "--preprocessing", "VGG-16=msra"), {}, "give --weights VGG-16=FILE, too"),
         (("mini", "--set", "SOLVER.MAX_ITR", "8"), {}, "the nearest is SOLVER.MAX_ITER"),
         (("mini", "--set", "SOLVER.MAX_ITER"), {}, "SOLVER.MAX_ITER has no value"),
+        (("mini", "--set", "SEED", "7"), {}, "SEED: the plan sets it, seeds from --seeds"),
         (("mini", "--set", "schedule.scal=1"), {}, "did you mean schedule.scale"),
     ):
         kind = FileNotFoundError if message == "absent.pth" else UsageError
