@@ -64,11 +64,18 @@ DETECTOR_OUTPUTS = {
 }
 
 
+def output_name(text: str) -> Path:
+    """Checks a path that gets suffixes."""
+    if text.endswith("/") or Path(text).suffix in (".onnx", ".pt2", ".json"):
+        raise argparse.ArgumentTypeError(f"{text}: give a file without suffix, as exported/model")
+    return Path(text)
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("--weights", required=True, help="a file, a folder, or a name such as torchvision://...")
-    add("--output", required=True, type=Path, metavar="NAME", help="path without suffix")
+    add("--output", required=True, type=output_name, metavar="NAME", help="path without suffix")
     add("--overwrite", action="store_true", help="replace the files of an earlier export")
     add("--images", required=True, nargs="+", type=Path, help="photographs or a folder of them")
     text = "reduce larger images to this size in pixels (default: 640)"

@@ -225,6 +225,8 @@ def test_errors_are_one_line(weights, photos, tmp_path, run, change, message):
         (["--input-type", "uint8"], "--input-type uint8 needs --with-normalization"),
         (["MODEL.MASK_ON", "True"], "belong to --config-file"),
         (["--longest-side", "0"], "at least 1"),
+        (["--output", "exported/"], "exported/: give a file without suffix"),
+        (["--output", "net.onnx"], "net.onnx: give a file without suffix"),
     ],
 )
 def test_wrong_combinations(run, extra, message):

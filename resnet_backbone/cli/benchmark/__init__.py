@@ -148,7 +148,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         add(f"--{name}-images", default=images, help="images of the set", **number)
         add(f"--{name}-detections", default=found, help="detections per image", **number)
     for one in (infer, fpn, detect):
-        text = "engines for our inference (default: eager)"
+        text = "engines for our inference"
         one.add_argument("--engines", nargs="+", default=["eager"], choices=ENGINES, help=text)
         text = "precisions of our inference; int8 is OpenVINO's"
         one.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help=text)
