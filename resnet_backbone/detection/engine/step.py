@@ -47,6 +47,16 @@ def exempt_slopes(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.o
     return optimizer
 
 
+def fuse_on_cpu(optimizer: torch.optim.Optimizer) -> None:
+    """Makes SGD read and write the weights once a step: memory limits it on CPUs.
+
+    Detectron2's ``foreach`` makes a pass for each operation there.
+    """
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
+        if all(one.device.type == "cpu" for one in group["params"]):
+            group["fused"], group["foreach"] = True, False
+
+
 class CustomLoader:
     """Parts from a loader of a subclass's ``build_train_loader``, such as Detectron2's own.
 
@@ -93,6 +103,7 @@ class TrainStep:
         stop: StopRequest,
     ):
         self.model, self.optimizer, self.stop = model.train(), optimizer, stop
+        fuse_on_cpu(optimizer)
         self.read_from(cfg, data_loader)
         self.device, self.amp = torch.device(cfg.MODEL.DEVICE).type, cfg.SOLVER.AMP.ENABLED
         scaled = self.amp and self.device == "cuda"
@@ -212,5 +223,6 @@ class TrainStep:
         if LOSS_NORMALIZER in state:
             setattr(self.network, LOSS_NORMALIZER, state[LOSS_NORMALIZER])
         self.optimizer.load_state_dict(state["optimizer"])
+        fuse_on_cpu(self.optimizer)  # also states of a GPU or of earlier versions
         if state.get("grad_scaler"):  # empty without one
             self.grad_scaler.load_state_dict(state["grad_scaler"])

@@ -137,6 +137,26 @@ def test_update_and_seeds_by_hand(cfg):
     assert not set(later.model.drawn) & set(first.model.drawn)
 
 
+def test_sgd_is_fused_on_cpus_and_updates_as_without(cfg):
+    found = []
+    for makes_fused in (True, False):
+        stepper = step_of(cfg, Parts([torch.tensor([1.0, 2.0])], 1))
+        group = stepper.optimizer.param_groups[0]
+        assert group["fused"] and not group["foreach"]
+        group |= dict(lr=0.1, momentum=0.9, weight_decay=0.01)
+        state = stepper.state_dict()
+        state["optimizer"]["param_groups"][0] |= dict(fused=None, foreach=True)
+        stepper.load_state_dict(state)  # written by an earlier version or on a GPU
+        group = stepper.optimizer.param_groups[0]
+        assert group["fused"] and group["momentum"] == 0.9
+        if not makes_fused:
+            group |= dict(fused=False, foreach=True)
+        for iteration in range(3):
+            stepper.run(iteration)
+        found.append(stepper.model.weight.detach())
+    torch.testing.assert_close(*found)
+
+
 def test_the_moving_normalizer_of_retinanet_is_part_of_the_state(cfg):
     """Detectron2 keeps it as a plain number, which no state dict has."""
     first, resumed = (step_of(cfg, Parts([torch.ones(2)], 1)) for _ in range(2))
