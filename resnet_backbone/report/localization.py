@@ -52,8 +52,8 @@ CHANGES = "Errors minus those of {first}, image by image:"
 SHOWN, COLUMNS, TILE = 12, 4, 360  # images on the sheet, in a row, largest side in pixels
 GREEN, ORANGE = (0.24, 0.86, 0.24), (0.9, 0.47, 0.08)
 PICTURE = """\
-One in {step} images, with the box of its true class by {name}: objects in green, the box in \
-orange. Beside the class: the score, and the overlap with the best object."""
+Of {count} images, evenly spaced, the box of the true class by {name}: objects in green, the box \
+in orange. Beside the class: the score, and the overlap with the best object."""
 OTHER_IMAGES = "Ours are of other images than the paper's, so the two do not compare."
 
 
@@ -145,7 +145,7 @@ def changes_section(runs: Sequence[Localization]) -> str:
 
 
 def draw_sheet(run: Localization) -> tuple[np.ndarray, int]:
-    """Draws objects and boxes of evenly spaced images; also returns their distance."""
+    """Draws objects and boxes of evenly spaced images; also returns their number."""
     step = max(1, len(run.images) // SHOWN)
     pictures, captions = [], []
     for row in run.images[::step][:SHOWN]:
@@ -157,7 +157,7 @@ def draw_sheet(run: Localization) -> tuple[np.ndarray, int]:
         photo = np.ascontiguousarray(read_bgr(Path(row["image"]))[:, :, ::-1])
         pictures.append(draw_boxes(photo, boxes, [""] * len(boxes), colors))
         captions.append(text)
-    return contact_sheet(pictures, COLUMNS, captions, TILE), step
+    return contact_sheet(pictures, COLUMNS, captions, TILE), len(pictures)
 
 
 def write_localization_report(folders: Sequence[str], output: Path, note: str, command: str) -> str:
@@ -176,10 +176,10 @@ def write_localization_report(folders: Sequence[str], output: Path, note: str, c
     for run in runs:
         facts.append(run_facts(run.run, commands, f"{run.name}, {len(run.images)} images"))
     try:
-        sheet, step = draw_sheet(runs[-1])
+        sheet, count = draw_sheet(runs[-1])
         save_image(output.with_suffix("") / "boxes.jpg", sheet)
         shown = [f"![images with boxes]({output.stem}/boxes.jpg)"]
-        shown.append(PICTURE.format(step=step, name=runs[-1].name))
+        shown.append(PICTURE.format(count=count, name=runs[-1].name))
     except UnreadableError as error:  # the images are elsewhere
         shown = [f"No picture: {error}."]
     parts = ["# Localization: our runs beside Table 13", note, table, TEXT + INTERVALS]

@@ -266,5 +266,5 @@ def test_one_command_makes_the_papers_table(run_command, tmp_path):
     wanted = ["| RPN | center crop", "| RPN | dense", "| RPN + R-CNN | dense"]
     assert [" | ".join(row[:2]) for row in rows] == [*wanted, wanted[-1]]
     assert "ResNet-18 and 1 more" in rows[3]
-    errors = [float(cell.strip(" |")) for row in rows for cell in row[-3:]]
+    errors = [float(cell.split(" [")[0]) for row in rows for cell in row[-3:]]
     assert all(0 <= error <= 100 for error in errors)
