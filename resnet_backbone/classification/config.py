@@ -338,6 +338,9 @@ def _combinations(config: Config) -> Iterator[str]:
         yield "data.rand_augment belongs to data.augmentation=inception: set both or none"
     if data.class_list and data.format != "imagenet":
         yield "data.class_list is for data.format imagenet; shards hold their classes"
+    if data.format == "synthetic" and evaluation.protocol == "center":
+        if evaluation.crop > data.synthetic_size:
+            yield f"evaluation.crop {evaluation.crop} is larger than data.synthetic_size"
     cropped = evaluation.protocol == "center" and data.format in ("imagenet", "shards")
     if cropped and data.mean == "pixel" and evaluation.crop != data.crop:
         yield f"data.mean pixel needs evaluation.crop={data.crop}; or set data.mean=channel"

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.detection.checkpoint.input_check import prepare_weights
-from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.config import UsageError, take_back_overrides
 from resnet_backbone.detection.data.arguments import detects_objects
 from resnet_backbone.detection.inference import pictures
 from resnet_backbone.detection.inference.predictor import (
@@ -91,6 +91,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="write the detections as numbers")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args(argv)
+    take_back_overrides(args, "input")
     if bool(args.run) == bool(args.config_file):
         raise UsageError("give --run DIR, or --config-file FILE with MODEL.WEIGHTS FILE")
     if args.web and args.input:

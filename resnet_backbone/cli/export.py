@@ -56,6 +56,7 @@ of INPUT.FORMAT. `resnet-backbone benchmark infer --engines` measures the speed 
 
 CHECKED = 4  # images
 OF_NETWORKS = "model preprocessing out_features format with_normalization input_type".split()
+SUFFIXES = (".json", ".onnx", ".pt2", ".ts", "_backbone.pt2")  # of all files of exports
 DETECTOR_OUTPUTS = {
     "boxes": "float32 (N, 4): x0, y0, x1, y1 in pixels of the input",
     "classes": "int64 (N,): places in class_names",
@@ -77,7 +78,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weights", required=True, help="a file, a folder, or a name such as torchvision://...")
     add("--output", required=True, type=output_name, metavar="NAME", help="path without suffix")
     add("--overwrite", action="store_true", help="replace the files of an earlier export")
-    add("--images", required=True, nargs="+", type=Path, help="photographs or a folder of them")
+    add("--images", required=True, nargs="+", help="photographs or a folder of them")
     text = "reduce larger images to this size in pixels (default: 640)"
     add("--longest-side", type=positive, default=640, help=text)
     add("--tolerance", type=float, default=1e-4, help="largest allowed difference (default: 1e-4)")
@@ -96,6 +97,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--config-file", help="config of the detector that --weights belong to")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args(argv)
+    if args.config_file:
+        from resnet_backbone.detection.config import take_back_overrides
+
+        take_back_overrides(args, "images")
+    args.images = [Path(path) for path in args.images]
     if args.input_type and not (args.with_normalization or args.config_file):
         parser.error(f"--input-type {args.input_type} needs --with-normalization")
     if args.config_file and any(getattr(args, n) != parser.get_default(n) for n in OF_NETWORKS):
@@ -193,7 +199,8 @@ def export_detector(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     fixed = ["MODEL.WEIGHTS", args.weights, "MODEL.DEVICE", "cpu"]
     predictor = Predictor(load_config(args.config_file, [*switches_off(), *args.opts, *fixed]))
     cfg, detector = predictor.cfg, predictor.model
-    own, used = (c.RESNET_BACKBONE.TEST for c in (load_config(args.config_file, args.opts), cfg))
+    stated = load_config(args.config_file, [*args.opts, *fixed])
+    own, used = (one.RESNET_BACKBONE.TEST for one in (stated, cfg))
     left_out = [f"RESNET_BACKBONE.TEST.{key} {own[key]}" for key in own if own[key] != used[key]]
     for setting in left_out:
         print(f"not exported: {setting}", file=sys.stderr)
@@ -240,9 +247,10 @@ def run(args: argparse.Namespace) -> None:
     """Exports to a temporary folder beside the output, and moves the files after the check."""
     parent = args.output.parent
     parent.mkdir(parents=True, exist_ok=True)
-    described = parent / f"{args.output.name}.json"  # every export has one
-    if described.exists() and not args.overwrite:
-        raise UsageError(f"{described} already exists: give another --output, or --overwrite")
+    earlier = [parent / f"{args.output.name}{suffix}" for suffix in SUFFIXES]
+    earlier = [path for path in earlier if path.exists()]
+    if earlier and not args.overwrite:
+        raise UsageError(f"{earlier[0]} already exists: give another --output, or --overwrite")
     with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as temporary:
         folder = Path(temporary)
         with warnings.catch_warnings():
@@ -259,6 +267,9 @@ def run(args: argparse.Namespace) -> None:
             target = parent / file.name
             put_in_place(file, target)
             print(f"written: {target}")
+            earlier = [path for path in earlier if path != target]
+    for path in earlier:  # of another network or format, which the new .json does not describe
+        path.unlink()
 
 
 def refuse_differences(differences: dict[str, dict[str, float]], tolerance: float) -> None:

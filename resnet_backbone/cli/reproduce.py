@@ -224,7 +224,9 @@ class Builder:
             folder = getattr(args, name.replace("-", "_"))
             return [self._folder(folder) if folder else self._missing("DIR", f"--{name} DIR")]
         if name in args.weights:
-            return [Value(str(args.weights[name]), sha256(args.weights[name]))]
+            file = args.weights[name]
+            path = str(file)
+            return [Value(path, sha256(file)) if file.is_file() else self._missing(path, path)]
         if name in plan["networks"] and not plan["networks"][name]:
             lacking = {n for n, step in plan["networks"].items() if not step} - args.weights.keys()
             return [self._missing("FILE", *(f"--weights {n}=FILE" for n in sorted(lacking)))]

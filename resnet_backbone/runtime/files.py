@@ -93,10 +93,10 @@ def write_json(path: str | os.PathLike, content: Any, **options: Any) -> None:
 def put_in_place(temporary: str | os.PathLike, path: str | os.PathLike) -> None:
     """Renames a complete file or folder; a power cut leaves either the old or the new one.
 
-    Both are in the same folder. A folder has only files in it.
+    Both are in the same folder.
     """
     temporary, path = Path(temporary), Path(path)
-    for file in [*temporary.iterdir(), temporary] if temporary.is_dir() else [temporary]:
+    for file in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
         _to_disk(file)
     os.replace(temporary, path)
     _to_disk(path.parent)

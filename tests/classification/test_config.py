@@ -62,6 +62,7 @@ def refusal(*overrides, files=()):
         ("schedule.warmup_until_error=80", "warmup_lr"),
         ("data.augmentation=pad_crop", "use paper"),
         ("data.format=cifar10", "use pad_crop"),
+        ("data.format=synthetic data.synthetic_size=64", "larger than data.synthetic_size"),
         ("data.format=imagenet", "data.root=PATH"),
         ("schedule.policy=cosine schedule.milestones=[5]", "remove one"),
         ("schedule.policy=plateau evaluation.every=0", "set evaluation.every"),

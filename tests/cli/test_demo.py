@@ -151,7 +151,8 @@ def test_one_image_to_a_file(run, call, photos, tmp_path):
     """Drawn, and in the JSON file as the predictor returns it: in pixels of the original."""
     output, numbers = tmp_path / "new" / "drawn.png", tmp_path / "a.json"
     files = ("--output", output, "--json", numbers)
-    status, out, _ = call("--input", photos / "wide.png", *files)
+    whole = ("INPUT.MIN_SIZE_TEST", 0)  # is not resized
+    status, out, _ = call(*files, "--input", photos / "wide.png", *whole)
     assert status == 0
     drawn = np.asarray(Image.open(output))
     assert drawn.shape == (480, 720, 3)
@@ -159,7 +160,7 @@ def test_one_image_to_a_file(run, call, photos, tmp_path):
     assert (drawn != np.asarray(enlarged)).any()
     line = out.splitlines()[0]
     assert "wide.png: 6 detections, " in line and line.endswith(" s")
-    cfg = config("MODEL.WEIGHTS", str(run / "model_final.pth"))
+    cfg = config("MODEL.WEIGHTS", str(run / "model_final.pth"), "INPUT.MIN_SIZE_TEST", 0)
     found = Predictor(cfg)(noise(60, 90)[:, :, ::-1])["instances"]
     written = json.loads(numbers.read_text())["images"][0]["detections"]
     boxes = torch.tensor([entry["box"] for entry in written])

@@ -186,7 +186,11 @@ def test_files_are_not_overwritten_unless_asked(weights, photos, tmp_path, run):
     assert run(*words)[0] == 0
     code, _, (error,) = run(*words)
     assert code == 2 and "net.json already exists: give another --output, or --overwrite" in error
+    (tmp_path / "net.onnx").touch()
     assert run(*words, "--overwrite")[0] == 0
+    assert {path.name for path in tmp_path.glob("net*")} == {"net.json", "net.pt2"}
+    (tmp_path / "net.json").unlink()
+    assert "net.pt2 already exists" in run(*words)[2][0]
 
 
 def test_sizes_that_an_onnx_file_cannot_take(tmp_path):

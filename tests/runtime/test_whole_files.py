@@ -40,12 +40,13 @@ def test_text_is_on_the_disk_before_it_has_its_name(tmp_path, steps):
 
 
 def test_a_folder_and_what_is_in_it(tmp_path, steps):
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "state").write_text("12")
+    (tmp_path / "new" / "sub").mkdir(parents=True)
+    (tmp_path / "new" / "sub" / "state").write_text("12")
     files.put_in_place(tmp_path / "new", tmp_path / "5")
-    expected = [("fsync", "state", 2), ("fsync", "new", None), ("replace", "new", "5")]
+    expected = [("fsync", "sub", None), ("fsync", "state", 2), ("fsync", "new", None)]
+    expected += [("replace", "new", "5")]
     assert steps == [*expected, ("fsync", tmp_path.name, None)]
-    assert (tmp_path / "5" / "state").read_text() == "12"
+    assert (tmp_path / "5" / "sub" / "state").read_text() == "12"
 
 
 def test_file_systems_that_cannot_wait_for_folders(tmp_path, monkeypatch):

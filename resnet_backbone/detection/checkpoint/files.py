@@ -25,7 +25,7 @@ from resnet_backbone.weights.preprocessing import (
     same_std,
 )
 from resnet_backbone.weights.readers import INDEX_SUFFIX, RawFile, open_file, read_tensors
-from resnet_backbone.weights.reading import UnknownInput
+from resnet_backbone.weights.reading import UnknownInput, split_key
 from resnet_backbone.weights.sources import (
     BY_ADDRESS,
     CATALOG,
@@ -86,11 +86,11 @@ class WeightsFile:
 def open_weights(source: str) -> WeightsFile:
     """Opens the weights in ``MODEL.WEIGHTS``, and downloads them if needed.
 
-    Detectron2's suffix ``?matching_heuristics=True`` is supported. WeightsError: the name is
-    unknown, the download fails, or the file is missing, damaged, or contains code.
+    Detectron2's suffix ``?matching_heuristics=True`` is supported, and ``FILE#KEY``. WeightsError:
+    the name is unknown, the download fails, or the file is missing, damaged, or contains code.
     """
     query = re.fullmatch(r"(.*)\?matching_heuristics=(True|False)", source)
-    name = query[1] if query else source
+    name, key = split_key(query[1] if query else source)
     scheme, separator, _ = name.partition("://")
     if separator and scheme in CLASSIFIERS_ONLY:
         return WeightsFile(name)
@@ -100,6 +100,8 @@ def open_weights(source: str) -> WeightsFile:
     # resnet_backbone.weights finds a backbone by name, except under schemes of PathManager alone
     known = not separator or scheme in SCHEMES
     backbone = _cached_by_detectron2(name) or name if known else str(path)
+    if key:  # one of several networks, none of them a detector
+        return WeightsFile(f"{backbone}#{key}")
     if path.is_dir() or path.name.endswith(INDEX_SUFFIX):
         return WeightsFile(backbone)
     file = open_file(path)

@@ -18,7 +18,7 @@ from pycocotools import mask as mask_util
 from tqdm import tqdm
 
 from resnet_backbone.detection.data.formats.coco import CocoFile, absent_keys, read_coco, read_json
-from resnet_backbone.detection.data.problems import reads_file, unusable
+from resnet_backbone.detection.data.problems import decoding, reads_file, unusable
 from resnet_backbone.runtime.errors import DataError
 
 BACKGROUND = "background"
@@ -188,7 +188,7 @@ def make_stuff(panoptic_json: str, output: str, panoptic_root: str = "") -> int:
     check_names(panoptic_json, (entry["file_name"] for entry in entries))
     for entry in tqdm(entries, desc="stuff", disable=None):
         try:
-            with Image.open(root / entry["file_name"]) as picture:
+            with decoding(), Image.open(root / entry["file_name"]) as picture:
                 ids = decode_ids(np.asarray(picture.convert("RGB")))
         except OSError as error:
             raise DataError(f"{root / entry['file_name']}: cannot be read ({error})") from error

@@ -179,6 +179,17 @@ def apply_policy(report: DataReport, policy: str) -> None:
         logger.warning("%s: %s", report.name, remark)
 
 
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Turns what Pillow's decoders raise on damaged files, of many types, into OSError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
 def read_image_size(path: str, decode: bool = False) -> tuple[int, int]:
     """Returns an image's width and height in pixels, after rotation by its EXIF orientation.
 
@@ -188,7 +199,7 @@ def read_image_size(path: str, decode: bool = False) -> tuple[int, int]:
     Raises:
         OSError: the file is missing, is not an image, or is truncated.
     """
-    try:
+    with decoding():
         with Image.open(path) as image:
             is_plain = image.mode in PLAIN
             size = image.size[::-1] if _orientation(image) in SWAPPED else image.size
@@ -196,10 +207,6 @@ def read_image_size(path: str, decode: bool = False) -> tuple[int, int]:
             return size
         height, width, _ = read_image(path, "RGB").shape  # as training and evaluation do
         return width, height
-    except OSError:
-        raise
-    except Exception as error:  # Pillow's decoders raise many types on damaged files
-        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def read_image(path: str, image_format: str) -> np.ndarray:

@@ -26,6 +26,7 @@ from resnet_backbone.detection.data.problems import (
     DataProblem,
     DataReport,
     Look,
+    decoding,
     files_below,
     in_threads,
     look_at_image,
@@ -71,8 +72,8 @@ def register_semantic(
         shared_images: other data sets use these images too, so missing labels are not reported.
 
     Raises:
-        DataError: a folder or ``classes.txt`` is missing; when the data set is loaded, as `on_bad`
-            says, if two images share a label picture, or if pixels are not a class.
+        DataError: a folder or ``classes.txt`` is missing; when the data set is loaded, if two
+            images share a label picture, or if pixels are not a class.
     """
     image_root, label_root = os.path.abspath(image_root), os.path.abspath(label_root)
     _check_folders(image_root, label_root)
@@ -172,10 +173,12 @@ def _look_at_pair(image: str, label: str, num_classes: int, decode: bool) -> Loo
 def check_label(path: str, num_classes: int) -> tuple[int, int]:
     """Returns the width and height of a label picture.
 
-    DataError: it has color or a palette, which Detectron2 would silently convert to other numbers,
-    or a value that is not a class.
+    Raises:
+        OSError: it cannot be read.
+        DataError: it has color or a palette, which Detectron2 would silently convert to other
+            numbers, or a value that is not a class.
     """
-    with Image.open(path) as label:
+    with decoding(), Image.open(path) as label:
         size, mode = label.size, label.mode
         values = np.unique(np.asarray(label)) if mode == "L" else np.empty(0)
     if mode != "L":

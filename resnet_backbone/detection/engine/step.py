@@ -206,6 +206,8 @@ class TrainStep:
     def state_dict(self) -> dict[str, Any]:
         parts = {"optimizer": self.optimizer, "grad_scaler": self.grad_scaler}
         state = {name: part.state_dict() for name, part in parts.items()} | {"seed": self.seed}
+        if hasattr(self._parts, "dataset"):  # not of loaders of one's own
+            state["num_images"] = len(self._parts.dataset)
         if hasattr(self.network, LOSS_NORMALIZER):
             state[LOSS_NORMALIZER] = getattr(self.network, LOSS_NORMALIZER)
         if self.ema is not None:
@@ -214,7 +216,17 @@ class TrainStep:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resumes from a checkpoint whose weights are already in :attr:`evaluated_model`."""
+        """Resumes from a checkpoint whose weights are already in :attr:`evaluated_model`.
+
+        UsageError: the run began with another number of training images.
+        """
+        if "num_images" in state and hasattr(self._parts, "dataset"):
+            before, now = state["num_images"], len(self._parts.dataset)
+            if before != now:
+                raise UsageError(
+                    f"the run began with {before} training images, but now has {now}: restore "
+                    "them, or start in another --output-dir"
+                )
         if self.ema is not None:
             self.ema.n_averaged.fill_(state.get("averaged", 0))
         if self.ema is not None or "raw_weights" in state:

@@ -91,11 +91,10 @@ def test_input(cfg: CfgNode, image: np.ndarray) -> dict:
     height, width = image.shape[:2]
     if cfg.INPUT.FORMAT == "RGB":
         image = image[:, :, ::-1]
-    resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
-    transform = resize.get_transform(image)
-    if not min(transform.new_h, transform.new_w):
+    side, limit = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST  # 0: is not resized
+    if side and not min(ResizeShortestEdge.get_output_shape(height, width, side, limit)):
         raise UnreadableError(f"an image of {width} x {height} pixels is too narrow to be resized")
-    resized = transform.apply_image(image)
+    resized = ResizeShortestEdge([side] * 2, limit).get_transform(image).apply_image(image)
     pixels = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))
     return {"image": pixels, "height": height, "width": width, "original": image}
 

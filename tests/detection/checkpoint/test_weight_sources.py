@@ -77,6 +77,14 @@ def test_wrapped_prefixed_and_half_precision(make_cfg, small, r18, tmp_path):
     assert_holds(find_network(model), {k: v.half() for k, v in r18.tensors.items()})
 
 
+def test_one_of_several_networks_in_a_file(make_cfg, small, r18, tmp_path):
+    other = {key: value + 1 for key, value in r18.tensors.items()}
+    torch.save({"state_dict": other, "state_dict_ema": dict(r18.tensors)}, tmp_path / "x.pth")
+    cfg = make_cfg(R18, **small, RESNET_BACKBONE__WEIGHTS_PREPROCESSING="torchvision")
+    model = into_detector(cfg, f"{tmp_path / 'x.pth'}#state_dict_ema")
+    assert_holds(find_network(model), r18.tensors)
+
+
 @pytest.mark.parametrize("kept, error", [((), ""), (("fc6.weight", "fc6.bias"), "lacks fc7")])
 def test_a_vggs_classifier_is_there_or_not(make_cfg, tmp_path, caplog, kept, error):
     """Convolutions alone start a VGG detector, and a line says what is random; half is damage."""

@@ -288,6 +288,15 @@ def test_pictures_that_are_no_labels_are_refused(labeled, picture, words):
         semantic_set(labeled)
 
 
+def test_damaged_labels_are_left_out(labeled, caplog):
+    path = labeled / "labels/semantic/two.png"
+    content = path.read_bytes()
+    place = content.index(b"IDAT") + 4
+    path.write_bytes(content[:place] + b"\x00" * 4 + content[place + 4 :])
+    assert len(semantic_set(labeled)) == 1
+    assert re.search("unreadable-image: .*two.jpg: its label: ", caplog.text)
+
+
 def test_every_label_is_checked(labeled):
     """The last but one of 402."""
     for folder, suffix in ((labeled / "images", "jpg"), (labeled / "labels/semantic", "png")):

@@ -157,6 +157,14 @@ def test_sgd_is_fused_on_cpus_and_updates_as_without(cfg):
     torch.testing.assert_close(*found)
 
 
+def test_another_number_of_training_images_is_refused(cfg):
+    first, resumed = (step_of(cfg, number_loader(count, 2)) for count in (6, 5))
+    state = first.state_dict()
+    first.load_state_dict(state)
+    with pytest.raises(UsageError, match="began with 6 training images, but now has 5: restore"):
+        resumed.load_state_dict(state)
+
+
 def test_the_moving_normalizer_of_retinanet_is_part_of_the_state(cfg):
     """Detectron2 keeps it as a plain number, which no state dict has."""
     first, resumed = (step_of(cfg, Parts([torch.ones(2)], 1)) for _ in range(2))
