@@ -22,7 +22,9 @@ from resnet_backbone.weights.convert import convert_input
 from resnet_backbone.weights.load import load_tensors
 
 
-def rgb_checkpoint(weights: str | os.PathLike, preprocessing: str = "") -> Checkpoint:
+def rgb_checkpoint(
+    weights: str | os.PathLike, preprocessing: str | Preprocessing = ""
+) -> Checkpoint:
     """Reads weights and converts them to RGB in 0..1, the input of torchvision, timm, transformers.
 
     The conversion is exact: the input channels of the first convolution are reordered, and the mean
@@ -30,7 +32,8 @@ def rgb_checkpoint(weights: str | os.PathLike, preprocessing: str = "") -> Check
 
     Args:
         weights: any source that :func:`resnet_backbone.weights.read_checkpoint` accepts.
-        preprocessing: name of the weights' convention, for files that do not state it.
+        preprocessing: the weights' convention, for files that do not state it: a name or a
+            :class:`~resnet_backbone.weights.Preprocessing`.
 
     Raises:
         WeightsError: unreadable weights, or no preprocessing.
@@ -54,7 +57,10 @@ def image_normalization(preprocessing: Preprocessing) -> dict[str, list[float]]:
 
 
 def build_backbone(
-    name: str, weights: str | os.PathLike | None = None, preprocessing: str = "", **options
+    name: str,
+    weights: str | os.PathLike | None = None,
+    preprocessing: str | Preprocessing = "",
+    **options,
 ) -> tuple[StagedNetwork, Preprocessing]:
     """Builds a network for RGB images in 0..1, and returns it with its normalization.
 

@@ -15,13 +15,20 @@ from torch import nn
 from transformers import ResNetBackbone, ResNetConfig
 
 from resnet_backbone.adapters import image_normalization, rgb_checkpoint
+from resnet_backbone.models import FrozenBatchNorm2d
 from resnet_backbone.weights import Checkpoint, WeightsError
 from resnet_backbone.weights.architecture import COUNTER
 from resnet_backbone.weights.export import refuse_other_inputs
 from resnet_backbone.weights.keymaps import LAYOUTS, check_support
 from resnet_backbone.weights.keymaps.huggingface import hugging_face_model
 
-__all__ = ["backbone_config", "image_normalization", "load_backbone", "rgb_checkpoint"]
+__all__ = [
+    "backbone_config",
+    "freeze_backbone",
+    "image_normalization",
+    "load_backbone",
+    "rgb_checkpoint",
+]
 
 
 def backbone_config(
@@ -46,23 +53,17 @@ def load_backbone(model: nn.Module, checkpoint: Checkpoint, freeze_at: int = 2) 
     Args:
         model: for example ``DetrForObjectDetection``, built with :func:`backbone_config`.
         checkpoint: weights for RGB in 0..1, see :func:`rgb_checkpoint`.
-        freeze_at: number of frozen stages, counted from the stem. DETR's paper has 2, but
-            transformers 5 freezes all stages of a ``ResNetConfig`` backbone. Frozen parameters get
-            no gradients. Batch norms are constants only in models that make them so, as DETR's do.
+        freeze_at: see :func:`freeze_backbone`. DETR's paper has 2, but transformers 5 freezes all
+            stages of a ``ResNetConfig`` backbone.
 
     Raises:
         WeightsError: no ResNet or several, another network or stride than the weights', or
             weights that were not converted. The model is left unchanged.
     """
+    settings = _model_settings(checkpoint)
     image_normalization(checkpoint.preprocessing)
-    found = [module for module in model.modules() if isinstance(module, ResNetBackbone)]
-    if len(found) != 1:
-        raise WeightsError(
-            f"{type(model).__name__} has {len(found)} ResNetBackbone modules, not one: build it "
-            "with backbone_config=backbone_config(checkpoint)"
-        )
-    backbone = found[0]
-    for name, needed in _model_settings(checkpoint).items():
+    backbone = _find_backbone(model)
+    for name, needed in settings.items():
         value = getattr(backbone.config, name)
         value = list(value) if isinstance(value, tuple) else value
         if value != needed:
@@ -76,12 +77,48 @@ def load_backbone(model: nn.Module, checkpoint: Checkpoint, freeze_at: int = 2) 
     backbone.load_state_dict(
         {k: v for k, v in tensors.items() if k in own or not k.endswith(COUNTER)}
     )
+    freeze_backbone(model, freeze_at)
+
+
+def freeze_backbone(model: nn.Module, freeze_at: int = 2) -> None:
+    """Freezes the first stages of the only transformers ResNet in a model, and frees the others.
+
+    :func:`load_backbone` calls it. Call it again after ``from_pretrained``, which restores neither
+    frozen parameters nor frozen norms.
+
+    Args:
+        freeze_at: number of frozen stages, 0 to 5, counted from the stem. Their parameters get no
+            gradients, and their batch norms become constants.
+
+    Raises:
+        ValueError: another `freeze_at`.
+        WeightsError: no ResNet or several.
+    """
+    if freeze_at not in range(6):
+        raise ValueError(f"freeze_at must be 0 to 5, not {freeze_at!r}")
+    backbone = _find_backbone(model)
     for index, stage in enumerate([backbone.embedder, *backbone.encoder.stages]):
         stage.requires_grad_(index >= freeze_at)
+        for module in [*stage.modules()] if index < freeze_at else ():
+            for name, norm in module.named_children():
+                if isinstance(norm, nn.BatchNorm2d):
+                    setattr(module, name, FrozenBatchNorm2d.from_batch_norm(norm))
+
+
+def _find_backbone(model: nn.Module) -> ResNetBackbone:
+    found = [module for module in model.modules() if isinstance(module, ResNetBackbone)]
+    if len(found) != 1:
+        raise WeightsError(
+            f"{type(model).__name__} has {len(found)} ResNetBackbone modules, not one: build it "
+            "with backbone_config=backbone_config(checkpoint)"
+        )
+    return found[0]
 
 
 def _model_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Returns the keys of transformers' ``config.json`` that define the network."""
+    if not isinstance(checkpoint, Checkpoint):
+        raise TypeError(f"expected rgb_checkpoint(weights), not a {type(checkpoint).__name__}")
     check_support("huggingface", checkpoint.model)
     refuse_other_inputs(checkpoint, "huggingface")
     config = hugging_face_model(checkpoint)

@@ -22,16 +22,53 @@ from resnet_backbone.adapters import build_backbone, image_normalization
 from resnet_backbone.models import StagedNetwork
 from resnet_backbone.models.resnet import DILATIONS
 from resnet_backbone.weights import Preprocessing
+from resnet_backbone.weights.load import stride_of
 
 RESNET_LEVELS = ("res2", "res3", "res4", "res5")  # strides 4, 8, 16, 32
 VGG_LEVELS = ("conv3", "conv4", "conv5", "pool5")  # the same strides
 ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # by output stride, arXiv 1706.05587, 3.3
 
 
+class StatedInput(nn.Module):
+    """A module whose state dict has its stride position and input normalization, and checks them.
+
+    No tensor's shape shows these, so a differently built model would load and compute something
+    else without an error.
+    """
+
+    def state_input(self, network: StagedNetwork, normalization: dict[str, list[float]]) -> None:
+        self._stated = {"stride_in_1x1": [float(bool(stride_of(network)))], **normalization}
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(sum(self._stated.values(), []))
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raises ValueError: the state is of a model with another stride or normalization."""
+        if state.tolist() == self.get_extra_state().tolist():
+            return
+        sizes = [len(values) for values in self._stated.values()]
+        parts = state.split(sizes) if len(state) == sum(sizes) else [state]
+        found = {k: part.tolist() for k, part in zip(self._stated, parts, strict=False)}
+        other = [
+            f"{key} {[round(value, 4) for value in found.get(key, [])]}, but this model "
+            f"{[round(value, 4) for value in own]}"
+            for key, own in self._stated.items()
+            if found.get(key) != torch.tensor(own).tolist()
+        ]
+        raise ValueError(
+            f"the state's backbone has {'; '.join(other)}: build the model as before, with the "
+            "same weights and options"
+        )
+
+
+class PyramidBackbone(BackboneWithFPN, StatedInput):
+    """torchvision's ``BackboneWithFPN`` that refuses states of another stride or input."""
+
+
 def fpn_backbone(
     name: str,
     weights: str | os.PathLike | None = None,
-    preprocessing: str = "",
+    preprocessing: str | Preprocessing = "",
     *,
     out_features: Sequence[str] = (),
     out_channels: int = 256,
@@ -66,7 +103,7 @@ def fpn_backbone(
     levels = tuple(out_features) or (VGG_LEVELS if name.startswith("vgg") else RESNET_LEVELS)
     network, found = build_backbone(name, weights, preprocessing, out_features=levels, **options)
     levels = [stage for stage in network.stage_names if stage in levels]  # the pyramid's order
-    backbone = BackboneWithFPN(
+    backbone = PyramidBackbone(
         network,
         return_layers={level: str(index) for index, level in enumerate(levels)},
         in_channels_list=[network.features[level].channels for level in levels],
@@ -74,10 +111,12 @@ def fpn_backbone(
         extra_blocks=extra_blocks,
         norm_layer=norm_layer,
     )
-    return backbone, image_normalization(found)
+    normalization = image_normalization(found)
+    backbone.state_input(network, normalization)
+    return backbone, normalization
 
 
-class NormalizedBackbone(nn.Module):
+class NormalizedBackbone(StatedInput):
     """A backbone for DeepLabV3: RGB images in 0..1 -> {"out": res5, "aux": res4}.
 
     torchvision's segmentation models leave normalization to the caller. Here it is part of the
@@ -89,6 +128,7 @@ class NormalizedBackbone(nn.Module):
         super().__init__()
         self.network, self.is_checked = network, False
         normalization = image_normalization(preprocessing)
+        self.state_input(network, normalization)
         for name in ("mean", "std"):
             values = torch.tensor(normalization[f"image_{name}"])
             self.register_buffer(name, values[:, None, None])
@@ -111,7 +151,7 @@ def deeplabv3(
     name: str,
     num_classes: int,
     weights: str | os.PathLike | None = None,
-    preprocessing: str = "",
+    preprocessing: str | Preprocessing = "",
     *,
     output_stride: int = 16,
     aux_loss: bool = False,
@@ -134,6 +174,8 @@ def deeplabv3(
     """
     if output_stride not in ATROUS_RATES:
         raise ValueError(f"output_stride must be 16 or 8, not {output_stride}")
+    if options.get("in_channels", 3) != 3:
+        raise ValueError("deeplabv3 normalizes RGB images: in_channels must be 3")
     if not name.startswith(("resnet", "plain")):
         raise ValueError(f"DeepLabV3 needs a dilated ResNet, not {name!r}: use resnet50")
     options = dict(norm="BN", freeze_at=0) | options

@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,11 @@ class Demo:
         hint = "" if number else self.hint(self.best[-1])
         return f"{path}: {number} detections{hint}, {time.perf_counter() - start:.2f} s"
 
+    @cached_property
+    def scratch(self) -> tempfile.TemporaryDirectory:
+        """A folder for the page's downloads, removed at the end."""
+        return tempfile.TemporaryDirectory()
+
     @staticmethod
     def hint(best: float) -> str:
         """Suggests a lower threshold if nothing is shown; "" if there is nothing below it."""
@@ -268,7 +274,7 @@ def for_page(demo: Demo, picture: np.ndarray, output: dict, threshold: float):
     text = f"{len(found)} detections with a score of {threshold:.2f} or more"
     if not found and "instances" in output and len(output["instances"]):
         text += f"; the best has {output['instances'].scores.max():.2f}: lower the threshold"
-    file = Path(tempfile.mkdtemp(), "detections.json")
+    file = Path(demo.scratch.name, "detections.json")  # Gradio copies it
     write_json(file, {"confidence": threshold, "detections": found})
     return drawn, rows, text, str(file)
 

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from yaml import Node, SafeLoader, YAMLError, safe_load
 
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.files import find_config
+from resnet_backbone.runtime.records import flatten
 
 DEFAULTS = CfgNode(
     {
@@ -132,14 +132,9 @@ def backbone_node(cfg: CfgNode) -> CfgNode:
     return cfg.get("RESNET_BACKBONE", DEFAULTS)
 
 
-def flat_config(node: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values of a config or of nested dicts by dotted key."""
-    return {key.replace("/", "."): value for key, value in flatten_results_dict(node).items()}
-
-
 def saved_values(cfg: CfgNode) -> dict[str, Any]:
     """Returns a config's values by dotted key, as in config.yaml."""
-    return flat_config(safe_load(cfg.dump()))
+    return dict(flatten(safe_load(cfg.dump())))
 
 
 def seed_of(cfg: CfgNode) -> int:
@@ -267,7 +262,7 @@ def _merge(cfg: CfgNode, merge: Callable[[], None], where: str = "") -> None:
     except (KeyError, ValueError, AssertionError, TypeError, AttributeError, YAMLError) as error:
         text = " ".join(str(error).split())
         if unknown := re.search(r"Non-existent (?:config )?key: ([\w.]+)", text):
-            near = difflib.get_close_matches(unknown[1], flat_config(cfg), n=1, cutoff=0.4)
+            near = difflib.get_close_matches(unknown[1], dict(flatten(cfg)), n=1, cutoff=0.4)
             hint = f"; the nearest is {near[0]}" if near else ""
             text = f"there is no config key {unknown[1]}{hint}"
         elif wrong := re.search(r"'(\w+)'> vs.* values \((.*) vs\. (.*)\) for .*: (\S+)", text):
@@ -278,7 +273,7 @@ def _merge(cfg: CfgNode, merge: Callable[[], None], where: str = "") -> None:
 
 def _add_project_keys(cfg: CfgNode, config_file: str, overrides: Sequence[str]) -> None:
     """Imports the Detectron2 projects that a config file or overrides need, and adds their keys."""
-    values = flat_config(CfgNode.load_yaml_with_base(config_file)).values()
+    values = dict(flatten(CfgNode.load_yaml_with_base(config_file))).values()
     named = {*overrides, *(value for value in values if isinstance(value, str))}
     for add_keys, (project, names) in PROJECTS.items():
         if named.intersection(names):

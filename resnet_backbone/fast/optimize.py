@@ -249,7 +249,10 @@ def optimize_for_inference(
     ours = any(isinstance(module, ConvNorm) for module in model.modules())
     plain = engine == "eager" and dtype == torch.float32
     if plain and not ours:
-        raise ValueError(f"{type(model).__name__} contains none of our networks: name an engine")
+        raise ValueError(
+            f"{type(model).__name__} contains none of our networks, so nothing in it becomes "
+            "faster with engine eager at float32: use another one"
+        )
     model = copy.deepcopy(model).eval().requires_grad_(False)
     model = fold_bn(model).to(memory_format=torch.channels_last)
     if plain:

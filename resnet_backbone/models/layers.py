@@ -332,8 +332,8 @@ class StagedNetwork(nn.Module):
         Frozen layers get no gradients, and their batch norms become constants. Stages are counted
         as in Detectron2: 2 also freezes res2, and 5 all stages, but not a classifier's head.
         """
-        if not 0 <= freeze_at <= 5:
-            raise ValueError(f"freeze_at must be a number of stages from 0 to 5, not {freeze_at}")
+        if freeze_at not in range(6):
+            raise ValueError(f"freeze_at must be a number of stages from 0 to 5, not {freeze_at!r}")
         for name in self.stage_names[:freeze_at]:
             freeze(getattr(self, name))
         return self

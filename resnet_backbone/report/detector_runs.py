@@ -15,11 +15,10 @@ from resnet_backbone.report.runs import (
     ELEVEN_POINT,
     AnyRun,
     Metrics,
-    flatten,
     load_metrics,
     read_table,
 )
-from resnet_backbone.runtime.records import CONFIG, RESULTS
+from resnet_backbone.runtime.records import CONFIG, RESULTS, flatten
 
 VOC_RESULTS, LOG = "voc_results.json", "log.txt"
 EVALUATION = "eval"  # name of the folder of an evaluation

@@ -43,9 +43,10 @@ from resnet_backbone.report.improvements import (
     rows_provenance,
 )
 from resnet_backbone.report.plots import plot_confusion, save_png
-from resnet_backbone.report.runs import flatten, read_table
+from resnet_backbone.report.runs import read_table
 from resnet_backbone.report.table import WHERE, show_commands
 from resnet_backbone.runtime.files import write_text
+from resnet_backbone.runtime.records import flatten
 
 PAIRS, PAIRS_BACK = 6, 2  # objects shown that only ours finds, and only the reference
 PICTURES = ("gain_per_class.png", "precision_recall*.png", "f1*.png", "confusion_*.png")

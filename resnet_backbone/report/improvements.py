@@ -14,8 +14,9 @@ from resnet_backbone.report.detections import DRAWS, load_all
 from resnet_backbone.report.detector_runs import DetectorRun
 from resnet_backbone.report.gain import NONE, DetectorGroup, Gain, signed
 from resnet_backbone.report.published import IMPROVEMENTS, TASKS
-from resnet_backbone.report.runs import flatten, read_table
+from resnet_backbone.report.runs import read_table
 from resnet_backbone.report.table import hardware_text, markdown
+from resnet_backbone.runtime.records import flatten
 
 BASELINE = "baseline"  # the row of a detector without improvements
 ADDED = "+"  # begins the name of a row that adds to the one above

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from resnet_backbone.report.published import Network, parse_network
-from resnet_backbone.runtime.records import CONFIG, METRICS, RESULTS
+from resnet_backbone.runtime.records import CONFIG, METRICS, RESULTS, flatten
 
 Metrics = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> iterations (N,), values (N,)
 
@@ -80,15 +80,6 @@ def read_table(path: Path) -> dict[str, Any]:
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is damaged ({error}): copy it again from the run") from error
     return content
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields ("data.format", "cifar10"), ... from a nested config; "options" is not flattened."""
-    for key, value in config.items():
-        if isinstance(value, Mapping) and key != "options":
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -189,3 +189,12 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields ("data.format", "cifar10"), ... from a nested config; "options" is not flattened."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and key != "options":
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -37,13 +37,12 @@ from resnet_backbone.weights.sources import ResolvedSource, convention_of_conten
 
 
 class UnknownInput(WeightsError):
-    """Weights whose preprocessing is unknown; ``option`` is the command's option that gives it."""
+    """Weights whose preprocessing is unknown; ``option`` is the argument or key that gives it."""
 
-    def __init__(self, source: str, option: str = ""):
+    def __init__(self, source: str, option: str = "preprocessing"):
         *names, last = PREPROCESSINGS
-        where = f" ({option})" if option else ""
         super().__init__(
-            f"{source} does not state which input it was trained on: name it{where}, "
+            f"{source} does not state which input it was trained on: name it ({option}), "
             f"{', '.join(names)} or {last} (convert-weights takes any other)"
         )
         self.source = source

@@ -7,10 +7,15 @@ from drawn_networks import assert_close
 pytest.importorskip("transformers")
 
 import transformers
+from torch import nn
 from transformers import DetrImageProcessor, ResNetBackbone, ResNetConfig
 
 from resnet_backbone.adapters import image_normalization, rgb_checkpoint
-from resnet_backbone.adapters.huggingface import backbone_config, load_backbone
+from resnet_backbone.adapters.huggingface import (
+    backbone_config,
+    freeze_backbone,
+    load_backbone,
+)
 from resnet_backbone.weights import InputNormalizer, WeightsError, get_preprocessing
 from resnet_backbone.weights.reading import read_checkpoint
 
@@ -24,6 +29,10 @@ CONDITIONAL = transformers.ConditionalDetrForObjectDetection, transformers.Condi
 def detr(backbone, classes=DETR):
     kind, config = classes
     return kind(config(backbone_config=backbone, **SMALL))
+
+
+def count_trained(model):
+    return sum(parameter.requires_grad for parameter in model.parameters())
 
 
 def inner(model):
@@ -76,6 +85,26 @@ def test_freeze_at(freeze_at, weights_file):
     stages = [inner(model).embedder, *inner(model).encoder.stages]
     trains = [all(p.requires_grad for p in stage.parameters()) for stage in stages]
     assert trains == [index >= freeze_at for index in range(5)]
+
+
+def test_frozen_norms_are_constants_in_models_that_train_norms(weights_file, tmp_path):
+    """DETR freezes all norms by itself, other models none."""
+    checkpoint = rgb_checkpoint(weights_file("resnet18", "msra")[0])
+    model = ResNetBackbone(backbone_config(checkpoint, ["stage1", "stage4"])).train()
+    load_backbone(model, checkpoint)
+    with torch.no_grad():
+        expected = model.eval()(images := torch.randn(2, 3, 64, 64)).feature_maps[0]
+        model.train()(images)
+        assert torch.equal(model(images).feature_maps[0], expected)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in model.encoder.stages[1].modules())
+    model.save_pretrained(tmp_path)
+    again = ResNetBackbone.from_pretrained(tmp_path).train()
+    freeze_backbone(again)
+    with torch.no_grad():
+        assert torch.equal(again(images).feature_maps[0], expected)
+    assert count_trained(again) == count_trained(model)
+    with pytest.raises(ValueError, match="freeze_at must be 0 to 5, not 6"):
+        freeze_backbone(again, 6)
 
 
 def test_timms_entry_is_a_backbone_of_transformers():

@@ -11,7 +11,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.segmentation import DeepLabV3, deeplabv3_resnet50
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from resnet_backbone.adapters import torchvision_models
+from resnet_backbone.adapters import rgb_checkpoint, torchvision_models
 from resnet_backbone.adapters.torchvision_models import deeplabv3, fpn_backbone
 from resnet_backbone.fast import InferenceNetwork, optimize_for_inference
 from resnet_backbone.fast.engines import why_not
@@ -31,6 +31,25 @@ def detector(kind, name, weights, preprocessing="", **options):
     backbone, norm = fpn_backbone(name, weights, preprocessing, **options)
     fewer = FEWER if kind is RetinaNet else FEWER_REGIONS
     return kind(backbone, num_classes=21, **norm, **SIZES, **fewer)
+
+
+def test_states_of_another_stride_or_input_are_refused(weights_file, tmp_path):
+    """No tensor's shape shows these."""
+    path = weights_file("resnet50", "msra")[0]
+    trained = detector(FasterRCNN, "resnet50", path)
+    torch.save(trained.state_dict(), tmp_path / "det.pth")
+    state = torch.load(tmp_path / "det.pth")
+    detector(FasterRCNN, "resnet50", path).load_state_dict(state)
+    other = "image_mean .*, but this model .*; image_std .*: build the model as before"
+    with pytest.raises(ValueError, match=f"the state's backbone has {other}"):
+        detector(FasterRCNN, "resnet50", None).load_state_dict(state)
+    known = rgb_checkpoint(path).preprocessing
+    again, norm = fpn_backbone("resnet50", tmp_path / "det.pth", known)
+    assert norm == fpn_backbone("resnet50", path)[1]
+    assert_close(again.body.state_dict(), trained.backbone.body.state_dict())
+    with pytest.raises(ValueError, match="stride_in_1x1 .1.0., but this model .0.0.: build"):
+        two = [deeplabv3("resnet50", 3, stride_in_1x1=value) for value in (True, False)]
+        two[1].load_state_dict(two[0].state_dict())
 
 
 def targets_for(images):

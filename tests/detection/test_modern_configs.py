@@ -10,7 +10,8 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 from resnet_backbone.detection import build_detector
-from resnet_backbone.detection.config import flat_config, load_config
+from resnet_backbone.detection.config import load_config
+from resnet_backbone.runtime.records import flatten
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "detection" / "modern"
 ZOO = Path(detectron2.__file__).parent / "model_zoo" / "configs"
@@ -71,7 +72,7 @@ def test_equals_the_zoos_key_by_key(make_cfg, name):
     theirs.MODEL.DEVICE = "cpu"
     if "moco" in name:
         theirs.merge_from_list([item for pair in MOCO.items() for item in pair])
-    expected, found = flat_config(theirs), flat_config(ours)
+    expected, found = dict(flatten(theirs)), dict(flatten(ours))
     found = {key: value for key, value in found.items() if not key.startswith("RESNET_BACKBONE")}
     assert found.keys() == expected.keys()
     differing = {key for key in expected if found[key] != expected[key]}

@@ -16,7 +16,7 @@ from resnet_backbone.detection import Checkpointer
 from resnet_backbone.detection.checkpoint.input_check import read_key
 from resnet_backbone.detection.data.arguments import _adopt
 from resnet_backbone.detection.engine.schedule import scale_schedule
-from resnet_backbone.detection.modeling import losses_of
+from resnet_backbone.detection.references import losses_of
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "detection" / "paper"
 NAMES = sorted(path.name for path in FOLDER.glob("*.yaml") if not path.name.startswith("Base"))

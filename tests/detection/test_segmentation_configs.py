@@ -18,7 +18,7 @@ from resnet_backbone.detection.data import arguments
 from resnet_backbone.detection.data.arguments import detects_objects, labels_pixels
 from resnet_backbone.detection.data.mapper import mapper_options
 from resnet_backbone.detection.engine.trainer import Trainer
-from resnet_backbone.detection.modeling import losses_of
+from resnet_backbone.detection.references import losses_of
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.weights import WeightsError
 

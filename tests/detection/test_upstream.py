@@ -27,7 +27,7 @@ from omegaconf import OmegaConf
 from resnet_backbone.detection import PaperResNet, build_detector
 from resnet_backbone.detection.config import load_config
 from resnet_backbone.detection.data import register_voc
-from resnet_backbone.detection.modeling import losses_of
+from resnet_backbone.detection.references import losses_of
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.weights import WeightsError
 

@@ -247,7 +247,6 @@ def run_loader(
 def init_worker(_worker: int) -> None:
     for number in WORKER_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,9 @@ from tqdm import tqdm
 
 from resnet_backbone.cli.benchmark import turns
 from resnet_backbone.cli.benchmark.pyramid import config
-from resnet_backbone.detection import modeling
+from resnet_backbone.detection import references
 from resnet_backbone.detection.config import CfgNode, with_keys
-from resnet_backbone.detection.data.coco import register_coco, register_coco_instances
-from resnet_backbone.detection.data.sampling import build_detection_train_loader
+from resnet_backbone.detection.data.coco import register_coco
 from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.detection.evaluation.coco import run_hotcoco, run_pycocotools, score_coco
 from resnet_backbone.detection.evaluation.voc import VOCEvaluator
@@ -79,8 +78,8 @@ def starts(folder: str, kind: str) -> dict[str, Callable[[], Callable[[], Any]]]
 
 
 def start_theirs(cfg: CfgNode, json_file: str, images: str) -> list[dict]:
-    register_coco_instances(NAME, {}, json_file, images)
-    return next(iter(build_detection_train_loader(cfg)))
+    references.register_coco_instances(NAME, {}, json_file, images)
+    return next(iter(references.build_detection_train_loader(cfg)))
 
 
 def start_ours(cfg: CfgNode, json_file: str, images: str) -> list[dict]:
@@ -175,8 +174,8 @@ def voc_runs(folder: Path, images: list[tuple[np.ndarray, ...]]) -> Iterator[dic
         corners = torch.tensor(np.hstack([found[:, :2], found[:, :2] + found[:, 2:]])).float()
         scores = torch.tensor(scores.round(3), dtype=torch.float32)
         fields = dict(scores=scores, pred_classes=torch.tensor(labels))
-        boxes = modeling.Boxes(corners)
-        instances = modeling.Instances((HEIGHT, WIDTH), pred_boxes=boxes, **fields)
+        boxes = references.Boxes(corners)
+        instances = references.Instances((HEIGHT, WIDTH), pred_boxes=boxes, **fields)
         outputs.append(({"image_id": name}, {"instances": instances}))
     lines = "".join(f"{given['image_id']}\n" for given, _ in outputs)
     (folder / "ImageSets" / "Main" / "test.txt").write_text(lines)
@@ -188,11 +187,11 @@ def voc_runs(folder: Path, images: list[tuple[np.ndarray, ...]]) -> Iterator[dic
         found = evaluator.evaluate()["bbox"]
         return {key: found[key] for key in ("AP", "AP50", "AP75")}
 
-    with modeling.voc_metadata(
+    with references.voc_metadata(
         str(folder), "test", [f"class{number}" for number in range(20)]
     ) as name:
         yield {
-            "Detectron2's evaluator": lambda: run(modeling.PascalVOCDetectionEvaluator(name)),
+            "Detectron2's evaluator": lambda: run(references.PascalVOCDetectionEvaluator(name)),
             "ours": lambda: run(VOCEvaluator(name)),
         }
 

@@ -19,7 +19,7 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 
 from resnet_backbone.cli.benchmark import turns
 from resnet_backbone.cli.benchmark.pyramid import BF16, Pass, candidates, config
-from resnet_backbone.detection import modeling
+from resnet_backbone.detection import references
 from resnet_backbone.detection.checkpoint.input_check import networks
 from resnet_backbone.detection.data.mapper import TolerantMapper
 from resnet_backbone.detection.engine.trainer import Trainer
@@ -72,7 +72,7 @@ def run_detect(args: argparse.Namespace) -> dict[str, Any]:
 def build_detectors(setting: Setting) -> tuple[nn.Module, nn.Module]:
     """Builds Detectron2's detector and ours, with the same random weights and realistic scores."""
     cfg, pair = config(setting.arch, setting.regions, depth=setting.depth), []
-    for make in (modeling.build_reference, Trainer.build_model):
+    for make in (references.build_reference, Trainer.build_model):
         torch.manual_seed(0)
         pair.append(make(cfg))
     theirs, ours = pair
@@ -81,7 +81,7 @@ def build_detectors(setting: Setting) -> tuple[nn.Module, nn.Module]:
     spread_scores(theirs, inputs[:1], boxes[:CALIBRATION])
     ours.load_state_dict(theirs.state_dict())
     for model in pair:
-        model.proposal_generator = modeling.GivenProposals(model.proposal_generator, boxes)
+        model.proposal_generator = references.GivenProposals(model.proposal_generator, boxes)
     return theirs, ours
 
 
@@ -130,7 +130,7 @@ def train_step(
         network.set_grad_checkpointing(checkpointed)
     torch.manual_seed(0)
     with torch.autocast("cpu", dtype=BF16, enabled=bf16):
-        losses = modeling.losses_of(model, inputs)
+        losses = references.losses_of(model, inputs)
     optimizer.zero_grad(set_to_none=True)
     sum(losses.values()).backward()
     optimizer.step()
@@ -149,8 +149,8 @@ def random_inputs(setting: Setting) -> tuple[list[dict], Tensor]:
     """Returns images with seven objects each, and random proposals, every fourth near an object."""
     generator, size = torch.Generator().manual_seed(0), (setting.height, setting.width)
     real = random_boxes(7, *size, generator)
-    boxes = modeling.Boxes(real)
-    truth = modeling.Instances(size, gt_boxes=boxes, gt_classes=torch.arange(7) * 11)
+    boxes = references.Boxes(real)
+    truth = references.Instances(size, gt_boxes=boxes, gt_classes=torch.arange(7) * 11)
     inputs: list[dict] = []
     for _ in range(setting.batch):
         image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
@@ -168,7 +168,7 @@ def spread_scores(model: nn.Module, inputs: list[dict], boxes: Tensor) -> None:
     model.eval()
     predictor, network, found = model.roi_heads.box_predictor, model.proposal_generator, []
     hook = predictor.register_forward_hook(lambda *call: found.append(call[2]))
-    model.proposal_generator = modeling.GivenProposals(network, boxes)
+    model.proposal_generator = references.GivenProposals(network, boxes)
     model(inputs)
     model.proposal_generator = network
     hook.remove()

@@ -18,7 +18,7 @@ from resnet_backbone.cli.benchmark.detectors import Setting, prepare_detector, r
 from resnet_backbone.cli.benchmark.pyramid import Pass
 from resnet_backbone.detection.config import load_config
 from resnet_backbone.detection.engine.trainer import Trainer
-from resnet_backbone.detection.modeling import THEIRS, GivenProposals, build_reference
+from resnet_backbone.detection.references import THEIRS, GivenProposals, build_reference
 
 MARK = "part: "
 BACKWARD = "autograd::engine::evaluate_function"

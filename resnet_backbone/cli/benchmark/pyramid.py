@@ -14,7 +14,7 @@ from resnet_backbone.cli.benchmark import turns
 from resnet_backbone.detection.checkpoint.input_check import networks
 from resnet_backbone.detection.config import load_config
 from resnet_backbone.detection.engine.trainer import Trainer
-from resnet_backbone.detection.modeling import build_reference
+from resnet_backbone.detection.references import build_reference
 from resnet_backbone.fast.engines import relative_difference
 
 BF16 = torch.bfloat16

@@ -193,7 +193,10 @@ def differences(actual: Preprocessing, expected: Preprocessing) -> dict[str, tup
 def refuse_other_input(actual: Preprocessing | None, expected: Preprocessing, where: str) -> None:
     """Refuses weights that were trained on other input than the detector's."""
     if actual is None:
-        raise WeightsError(f"{where}: INPUT.FORMAT must be RGB or BGR to use these weights")
+        raise WeightsError(
+            f"{where}: these weights need INPUT.FORMAT RGB or BGR, and MODEL.PIXEL_MEAN and "
+            "MODEL.PIXEL_STD of three values"
+        )
     found, mend = [], []
     for key, (have, want) in differences(actual, expected).items():
         found.append(f"{key} is {_spell(have)}")

@@ -125,6 +125,11 @@ def use_weights_input(cfg: CfgNode, source: str, given: Collection[str] = ()) ->
         if value is None or key == STRIDE and not has_bottlenecks(cfg):
             continue
         have = read_key(cfg, key)
+        if key in (MEAN, STD) and len(have) != len(value):
+            raise UsageError(
+                f"{key} has {len(have)} values, one a channel, but {source} has {len(value)}: it "
+                "fits images of that many channels only"
+            )
         if key in given and not agree(key, have, value):
             raise UsageError(
                 f"{key} {have} contradicts {source}, which was trained with {value}: leave {key} "

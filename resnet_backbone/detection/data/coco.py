@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from detectron2.data.datasets import register_coco_instances  # noqa: F401  for comparisons
 from detectron2.structures import BoxMode
 from tqdm import tqdm
 

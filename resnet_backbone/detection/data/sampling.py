@@ -11,10 +11,7 @@ from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import (
-    MetadataCatalog,
-    build_detection_train_loader,  # noqa: F401  for comparisons
-)
+from detectron2.data import MetadataCatalog
 from detectron2.data.build import load_proposals_into_dataset, print_instances_class_histogram
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm

@@ -25,7 +25,7 @@ from detectron2.utils.logger import setup_logger
 
 from resnet_backbone.detection.checkpoint.files import find_last_checkpoint
 from resnet_backbone.detection.checkpoint.input_check import prepare_weights, require_weights
-from resnet_backbone.detection.config import backbone_node, flat_config, load_configs, saved_values
+from resnet_backbone.detection.config import backbone_node, load_configs, saved_values
 from resnet_backbone.detection.data.arguments import check_data_arguments, set_up_data
 from resnet_backbone.detection.data.sampling import BatchPlan, limit_workers
 from resnet_backbone.detection.engine.results import check_results, seed_folder
@@ -46,6 +46,7 @@ from resnet_backbone.runtime.records import (
     RESULTS,
     command_line,
     date,
+    flatten,
     hardware,
     read_results,
     say_nothing_to_resume,
@@ -282,7 +283,7 @@ def _saved_config(folder: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         return {}
     try:
-        return flat_config(yaml.safe_load(Path(path).read_text("utf-8")))
+        return dict(flatten(yaml.safe_load(Path(path).read_text("utf-8"))))
     except (yaml.YAMLError, AttributeError) as error:  # a power cut leaves a part of it, or nothing
         raise UsageError(
             f"{path} is damaged: delete it, and resume with the same command; if that gives no "

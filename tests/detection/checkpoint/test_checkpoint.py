@@ -88,7 +88,7 @@ def test_cut_short_or_not_a_number(detector, r18_file, tmp_path):
     [
         (dict(MODEL__PIXEL_MEAN=[0.0, 0.0, 0.0]), r"MODEL.PIXEL_MEAN is \[0, 0, 0\]; set MODEL"),
         (dict(MODEL__PIXEL_STD=[57.0, 57.0, 57.0]), r'set MODEL.PIXEL_STD "\[1, 1, 1\]"$'),
-        (dict(INPUT__FORMAT="L"), "INPUT.FORMAT must be RGB or BGR"),
+        (dict(INPUT__FORMAT="L"), "these weights need INPUT.FORMAT RGB or BGR"),
         (dict(MODEL__RESNETS__DEPTH=34), "the first is res2.2.conv1.weight"),
         (dict(MODEL__RESNETS__NORM="GN"), "this network has no .*running_mean"),
         (dict(RESNET_BACKBONE__SHORTCUT="A"), "this network has no res3.0.shortcut"),

@@ -173,6 +173,13 @@ def test_mean_image_gives_way_to_channel_means(make_cfg, write):
     assert "channel means of the file's mean image" in lines[-1]
 
 
+def test_weights_of_fewer_channels_than_the_detectors(make_cfg, write):
+    cfg = make_cfg(R18, MODEL__PIXEL_MEAN=[100.0] * 5, MODEL__PIXEL_STD=[1.0] * 5)
+    with pytest.raises(UsageError, match="PIXEL_MEAN has 5 values, one a channel, but .* has 3"):
+        use_weights_input(cfg, write())
+    assert len(cfg.MODEL.PIXEL_MEAN) == 5
+
+
 def test_wrong_files(make_cfg, write):
     with pytest.raises(WeightsError, match="x.pth: no such file"):
         use_weights_input(make_cfg(R18), "x.pth")

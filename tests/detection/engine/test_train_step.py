@@ -23,7 +23,7 @@ from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.data.sampling import BatchPlan
 from resnet_backbone.detection.engine.step import TrainStep
 from resnet_backbone.detection.engine.trainer import Trainer
-from resnet_backbone.detection.modeling import losses_of
+from resnet_backbone.detection.references import losses_of
 from resnet_backbone.models import FrozenBatchNorm2d
 from resnet_backbone.runtime.errors import TrainingDiverged
 from resnet_backbone.runtime.evaluation import moving_average

@@ -14,8 +14,8 @@ from drawn_networks import randomize
 from torch import nn
 
 from resnet_backbone.detection import PaperResNet, PaperVGG
-from resnet_backbone.detection.modeling import losses_of
 from resnet_backbone.detection.modeling.backbones import OutputConv
+from resnet_backbone.detection.references import losses_of
 from resnet_backbone.fast import sparse
 from resnet_backbone.models import FrozenBatchNorm2d
 

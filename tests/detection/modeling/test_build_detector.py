@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.ops import roi_pool
 
 from resnet_backbone import optimize_for_inference
-from resnet_backbone.detection import build_detector, modeling
+from resnet_backbone.detection import build_detector, references
 from resnet_backbone.detection.modeling import FullConv2d, FullLinear, JointRPNHead, TopRPN
 from resnet_backbone.detection.modeling.heads import with_stride
 from resnet_backbone.fast import InferenceNetwork
@@ -200,7 +200,7 @@ def test_layers_that_give_scores_and_boxes_stay_in_float32(make_family, images, 
         (build_model, "eager", torch.bfloat16, 0.05),
         (build_model, "openvino", torch.bfloat16, 0.05),
         (build_model, "onnxruntime", torch.float32, 1e-4),
-        (modeling.build_reference, "openvino", torch.float32, 1e-4),
+        (references.build_reference, "openvino", torch.float32, 1e-4),
     ],
 )
 def test_scores_of_given_regions(make_family, images, build, engine, dtype, bound):

@@ -8,7 +8,7 @@ from resnet_backbone.detection import Checkpointer, with_global_context
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.detection.inference.export import SingleImageDetector, export_torchscript
-from resnet_backbone.detection.modeling import losses_of
+from resnet_backbone.detection.references import losses_of
 from resnet_backbone.weights import WeightsError
 
 FAMILIES = ("C4", "VGG", "FPN")

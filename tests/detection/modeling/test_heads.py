@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.ops import RoIPool
 
 from resnet_backbone.detection import Checkpointer, PaperRes5ROIHeads, VGGBoxHead
-from resnet_backbone.detection.modeling import losses_of
+from resnet_backbone.detection.references import losses_of
 from resnet_backbone.fast import InferenceNetwork
 from resnet_backbone.models import BasicBlock, BottleneckBlock
 from resnet_backbone.models import build_model as build_network

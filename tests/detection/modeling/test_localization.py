@@ -14,7 +14,7 @@ from resnet_backbone.classification.networks import NetworkSpec, save_network
 from resnet_backbone.cli import reproduce
 from resnet_backbone.detection import build_detector
 from resnet_backbone.detection.config import load_config
-from resnet_backbone.detection.modeling import losses_of
+from resnet_backbone.detection.references import losses_of
 from resnet_backbone.models import build_model as build_classifier
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.weights import get_preprocessing, save_weights
