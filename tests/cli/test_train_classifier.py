@@ -268,7 +268,7 @@ def test_two_processes_train_as_one(config, tmp_path):
         succeed(*arguments, *plain)
     one, two = (load_file(folder / "final.safetensors") for folder in folders)
     for key in one:
-        torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=5e-5)
+        torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=2e-4)
     first, second = (rows(folder) for folder in folders)
     assert [row["iteration"] for row in first] == [row["iteration"] for row in second]
     assert first[0]["train_loss"] == pytest.approx(second[0]["train_loss"], rel=1e-4)
