@@ -128,7 +128,7 @@ class NormalizedBackbone(StatedInput):
         super().__init__()
         self.network, self.is_checked = network, False
         normalization = image_normalization(preprocessing)
-        self.state_input(network, normalization)
+        self.state_input(network, {})  # mean and std are buffers
         for name in ("mean", "std"):
             values = torch.tensor(normalization[f"image_{name}"])
             self.register_buffer(name, values[:, None, None])
