@@ -123,6 +123,8 @@ def test_starts(train_net, data, tmp_path, name, results, monkeypatch):
         rpn = name.replace("rcnn", "rpn")
         train_net(rpn, "--output-dir", proposer, *data(rpn), *keys)
         keys += ["RESNET_BACKBONE.LOCALIZATION.PROPOSALS", str(proposer)]
+    if name.startswith("voc07"):
+        keys += ["MODEL.FPN.OUT_CHANNELS", "32"]  # the groups of its norm
     if name.startswith("quickstart"):
         keys += ["RESNET_BACKBONE.VGG.NORM", "BN"]
     known = amounts_to(name, keys)

@@ -29,8 +29,8 @@ def target(folder, format):
     return folder / f"{format}{suffixes[0] if suffixes else ''}"
 
 
-def with_test_size(checkpoint: Checkpoint) -> Checkpoint:
-    return checkpoint.restated(resize_size=SIDE, crop_size=SIDE, interpolation="bicubic")
+def with_test_size(checkpoint: Checkpoint, side: int = SIDE) -> Checkpoint:
+    return checkpoint.restated(resize_size=side, crop_size=side, interpolation="bicubic")
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,8 @@ def check_all_ways(name, source, tmp_path, images):
     torch.manual_seed(0)
     network = randomize(LIBRARIES[source](name, False))
     torch.save({"state_dict": network.state_dict()}, tmp_path / "source.pth")
-    checkpoint = with_test_size(read_checkpoint(tmp_path / "source.pth", "torchvision"))
+    checkpoint = read_checkpoint(tmp_path / "source.pth", "torchvision")
+    checkpoint = with_test_size(checkpoint, images[0].width)
     with torch.inference_mode():
         expected = network(InputNormalizer(checkpoint.preprocessing)(as_tensor(images)))
     assert_close(own_logits(checkpoint, images), expected)
