@@ -15,7 +15,7 @@ from torch import nn
 from transformers import ResNetBackbone, ResNetConfig
 
 from resnet_backbone.adapters import image_normalization, rgb_checkpoint
-from resnet_backbone.models import FrozenBatchNorm2d
+from resnet_backbone.models.layers import freeze
 from resnet_backbone.weights import Checkpoint, WeightsError
 from resnet_backbone.weights.architecture import COUNTER
 from resnet_backbone.weights.export import refuse_other_inputs
@@ -98,11 +98,10 @@ def freeze_backbone(model: nn.Module, freeze_at: int = 2) -> None:
         raise ValueError(f"freeze_at must be 0 to 5, not {freeze_at!r}")
     backbone = _find_backbone(model)
     for index, stage in enumerate([backbone.embedder, *backbone.encoder.stages]):
-        stage.requires_grad_(index >= freeze_at)
-        for module in [*stage.modules()] if index < freeze_at else ():
-            for name, norm in module.named_children():
-                if isinstance(norm, nn.BatchNorm2d):
-                    setattr(module, name, FrozenBatchNorm2d.from_batch_norm(norm))
+        if index < freeze_at:
+            freeze(stage)
+        else:
+            stage.requires_grad_()
 
 
 def _find_backbone(model: nn.Module) -> ResNetBackbone:

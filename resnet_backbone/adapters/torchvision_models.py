@@ -44,21 +44,19 @@ class StatedInput(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Raises ValueError: the state is of a model with another stride or normalization."""
-        if state.tolist() == self.get_extra_state().tolist():
-            return
         sizes = [len(values) for values in self._stated.values()]
-        parts = state.split(sizes) if len(state) == sum(sizes) else [state]
-        found = {k: part.tolist() for k, part in zip(self._stated, parts, strict=False)}
+        found, own = (one.cpu().split(sizes) for one in (state, self.get_extra_state()))
         other = [
-            f"{key} {[round(value, 4) for value in found.get(key, [])]}, but this model "
-            f"{[round(value, 4) for value in own]}"
-            for key, own in self._stated.items()
-            if found.get(key) != torch.tensor(own).tolist()
+            f"{key} {[round(x, 4) for x in theirs.tolist()]}, but this model "
+            f"{[round(x, 4) for x in ours.tolist()]}"
+            for key, theirs, ours in zip(self._stated, found, own, strict=True)
+            if not torch.equal(theirs, ours)
         ]
-        raise ValueError(
-            f"the state's backbone has {'; '.join(other)}: build the model as before, with the "
-            "same weights and options"
-        )
+        if other:
+            raise ValueError(
+                f"the state's backbone has {'; '.join(other)}: build the model as before, with the "
+                "same weights and options"
+            )
 
 
 class PyramidBackbone(BackboneWithFPN, StatedInput):
